@@ -1,0 +1,116 @@
+"""Mechanisms by file name: the folder is the question, the file is the answer, and the file's name is the flag's value.
+
+    name:key=value,key=value          one mechanism with options
+    a/b:key=value/b                   a pattern, tiled over the layers
+
+A mechanism's file may hold a plain `class Options` of annotated defaults; here it becomes a frozen dataclass, and it is
+all that the parser needs, so a new option or a new file needs no other edit. Two fields are filled in by the model when
+a mechanism declares them: `layer` (the layer's index) and `n_layer`.
+"""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from errors import Refused
+
+ROOT = Path(__file__).parent
+FOLDERS = {"attention": "--attn", "positions": "--pos", "memory": "--memory", "adapters": "--adapter"}
+FILLED_IN = ("layer", "n_layer")
+
+
+class Plugin(NamedTuple):
+    """One mechanism as asked for: its name, its module, and its options (an instance of the module's Options)."""
+
+    name: str
+    module: Any
+    options: Any
+
+    def __str__(self):
+        """The canonical spelling: only the options that differ from their defaults."""
+        given = [
+            f"{f.name}={spell(getattr(self.options, f.name))}"
+            for f in dataclasses.fields(self.options)
+            if f.name not in FILLED_IN and getattr(self.options, f.name) != f.default
+        ]
+        return self.name + (":" + ",".join(given) if given else "")
+
+
+def spell(value):
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def names(folder):
+    """The mechanisms of a folder, by listing it. Files that start with an underscore, and base.py, are not mechanisms."""
+    return sorted(p.stem for p in (ROOT / folder).glob("*.py") if not p.stem.startswith("_") and p.stem != "base")
+
+
+def load(folder, name):
+    """The module of one mechanism, its Options made a frozen dataclass."""
+    module = importlib.import_module(f"{folder}.{name}")
+    options = vars(module).get("Options") or type("Options", (), {})
+    if not dataclasses.is_dataclass(options) or "__dataclass_fields__" not in vars(options):
+        options = dataclasses.dataclass(frozen=True)(options)
+    module.Options = options
+    return module
+
+
+def parse(folder, spec):
+    """`name:key=value,...` -> Plugin. Raises Refused, naming the valid choices."""
+    flag = FOLDERS[folder]
+    name, _, rest = spec.strip().partition(":")
+    if name not in names(folder):
+        raise Refused(f"{flag} {name!r} is not known: choose one of {', '.join(names(folder))}")
+    module = load(folder, name)
+    fields = {f.name: f for f in dataclasses.fields(module.Options) if f.name not in FILLED_IN}
+    given = {}
+    for item in filter(None, (s.strip() for s in rest.split(","))):
+        key, equals, text = item.partition("=")
+        if key not in fields:
+            valid = ", ".join(f"{f.name}={spell(f.default)}" for f in fields.values()) or "none"
+            raise Refused(f"{flag} {name} has no option {key!r}: its options and defaults are {valid}")
+        if not equals:
+            raise Refused(f"{flag} {name}: option {key!r} needs a value, as in {key}={spell(fields[key].default)}")
+        if key in given:
+            raise Refused(f"{flag} {name}: option {key!r} is given twice: give it once")
+        given[key] = convert(flag, name, fields[key], text)
+    try:
+        options = module.Options(**given)
+        getattr(module, "check", lambda o: None)(options)
+    except ValueError as no:
+        raise Refused(f"{flag} {name}: {no}") from None
+    return Plugin(name, module, options)
+
+
+def convert(flag, name, field, text):
+    """The text of an option as the type of its default; 4k and 1m are 4096 and 1048576."""
+    kind = type(field.default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        return number(text) if kind is int else kind(text)
+    except (KeyError, ValueError):
+        want = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise Refused(f"{flag} {name}: {field.name} takes {want}, not {text!r}") from None
+
+
+def number(text):
+    """A whole number; the suffixes k and m mean 1024 and 1024*1024."""
+    text = text.strip().lower()
+    unit = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:], 1)
+    return int(text.rstrip("km")) * unit if unit > 1 else int(text)
+
+
+def tile(folder, spec, n_layer):
+    """A pattern tiled over depth: one Plugin a layer, `layer` and `n_layer` filled in where a mechanism declares them."""
+    pattern = [parse(folder, part) for part in spec.split("/")]
+    if len(pattern) > n_layer:
+        raise Refused(f"{FOLDERS[folder]} {spec} names {len(pattern)} layers, but the model has {n_layer}: give at most that many")
+    return [place(pattern[i % len(pattern)], i, n_layer) for i in range(n_layer)]
+
+
+def place(plugin, layer, n_layer):
+    here = {"layer": layer, "n_layer": n_layer}
+    declared = {f.name for f in dataclasses.fields(plugin.options)} & here.keys()
+    return plugin._replace(options=dataclasses.replace(plugin.options, **{k: here[k] for k in declared}))
