@@ -1,0 +1,15 @@
+"""Longformer (Beltagy et al. 2020, arXiv:2004.05150), causal: a sliding window, and a few first tokens that everyone sees."""
+
+
+class Options:
+    window: int = 1024  # tokens seen, the token itself included
+    n_global: int = 64  # the document's first tokens, seen by all after them
+
+
+def allowed(q, k, h, o):
+    return (k <= q) & ((q - k < o.window) | (k < o.n_global))
+
+
+def check(o):
+    if o.window < 1 or o.n_global < 0:
+        raise ValueError(f"window={o.window}, n_global={o.n_global}: window must be at least 1 and n_global at least 0")

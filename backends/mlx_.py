@@ -1,0 +1,358 @@
+"""MLX behind the names of ops. Mirrored, name for name and in the same order, by torch_.py."""
+
+import contextlib
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers
+from mlx.utils import tree_flatten
+from mlx.utils import tree_map as _tree_map
+
+from errors import Refused
+
+# types and devices
+
+float32, float16, bfloat16, int32, bool_ = mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.bool_
+
+
+def use(device=None):
+    """Choose where arrays live: cpu or gpu (also spelled metal, mps, cuda); None: the best there is. Returns the name."""
+    name = "gpu" if device in ("gpu", "metal", "mps", "cuda") else device or devices()[0]
+    if name not in devices():
+        raise Refused(f"device {device!r} is not there: MLX here has {', '.join(devices())}")
+    mx.set_default_device(mx.Device(getattr(mx, name)))
+    return name
+
+
+def devices():
+    return ["gpu", "cpu"] if mx.is_available(mx.gpu) else ["cpu"]
+
+
+def device():
+    return mx.default_device()
+
+
+def on_gpu():
+    return device().type == mx.gpu
+
+
+def seed(n):
+    mx.random.seed(n)
+
+
+def peak_memory():
+    """Bytes of the device at the peak so far; None where nobody counts."""
+    return mx.get_peak_memory()
+
+
+def wait(*trees):
+    """Return when these trees of arrays are computed."""
+    mx.eval(*trees)
+
+
+# arrays
+
+
+def array(x, dtype=None):
+    return mx.array(x, dtype=dtype)
+
+
+def numpy(x):
+    import numpy
+
+    return numpy.array(x.astype(float32) if x.dtype == bfloat16 else x)
+
+
+def arange(n, like):
+    return mx.arange(n, dtype=int32)
+
+
+def full(shape, fill, dtype, like=None):
+    return mx.full(shape, fill, dtype=dtype)
+
+
+def is_array(x):
+    return isinstance(x, mx.array)
+
+
+def nbytes(x):
+    return x.nbytes
+
+
+where, cos, sin, exp, argmax, silu, sigmoid = mx.where, mx.cos, mx.sin, mx.exp, mx.argmax, nn.silu, mx.sigmoid
+
+
+def cast(x, dtype):
+    return x.astype(dtype)
+
+
+def cat(xs, axis):
+    return mx.concatenate(xs, axis)
+
+
+def split(x, n, axis):
+    return mx.split(x, n, axis)
+
+
+def swap(x, a, b):
+    return x.swapaxes(a, b)
+
+
+def expand(x, shape):
+    return mx.broadcast_to(x, [a if b == -1 else b for a, b in zip(x.shape, shape)])
+
+
+def repeat(x, n, axis):
+    return mx.repeat(x, n, axis) if n > 1 else x
+
+
+def cumsum(x, axis):
+    return mx.cumsum(x.astype(int32), axis)
+
+
+def amax(x, axis):
+    return x.max(axis, keepdims=True)
+
+
+def minimum(x, n):
+    """No entry above the number n."""
+    return mx.minimum(x, n)
+
+
+def softmax(x, axis):
+    # the default sums bfloat16 in bfloat16
+    return mx.softmax(x, axis, precise=True)
+
+
+def stop(x):
+    return mx.stop_gradient(x)
+
+
+def take(x, i):
+    """x [B, H, N] or [B, H, N, W] at slots i [B, 1 or H, n]."""
+    i = mx.broadcast_to(i, [*x.shape[:2], i.shape[-1]])
+    return mx.take_along_axis(x, i if x.ndim == 3 else i[..., None], 2)
+
+
+def top(rank, n):
+    """Indices of the n largest along the last axis, in slot order."""
+    return mx.sort(mx.argsort(-rank, -1)[..., :n], -1)
+
+
+def sort_by(key, i):
+    """Indices i in rising order of key, both [..., n]."""
+    return mx.take_along_axis(i, mx.argsort(key, -1), -1)
+
+
+def sort(x, axis):
+    return mx.sort(x, axis)
+
+
+def put(x, new, n):
+    """Write new at slots n.. of axis 2 and return x; in place where nobody else holds it. n: int or array."""
+    # out of bounds would corrupt the heap: callers check on the host
+    at = mx.array([n]) if isinstance(n, int) else n.reshape(1)
+    return mx.slice_update(x, new.astype(x.dtype), at, axes=(2,))
+
+
+_turns = {}
+
+
+def angles(pos, per_turn):
+    """Angles in radians, [..., n, pairs], of integer positions at frequencies given in 2^-32 turns a token: exact for any position."""
+    if per_turn not in _turns:
+        _turns[per_turn] = mx.array(per_turn, dtype=mx.uint32)
+    return (pos.astype(mx.uint32)[..., None] * _turns[per_turn]).astype(float32) * (6.283185307179586 / 2**32)
+
+
+def sdpa(q, k, v, mask, scale):
+    """The framework's fused attention. mask: None, a bool array that broadcasts to [B, H, T, N], or "causal" (the last T of N)."""
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    # a row that may see nothing comes back as an average of v: it means zero
+    return y if mask is None or isinstance(mask, str) else y * mask.any(-1, keepdims=True).astype(y.dtype)
+
+
+def cross_entropy(logits, targets):
+    """Loss per token in nats, float32; 0 where the target is negative. logits [..., V], targets [...]."""
+    loss = nn.losses.cross_entropy(logits.astype(float32), mx.maximum(targets, 0))
+    return mx.where(targets < 0, 0.0, loss)
+
+
+def multinomial(probabilities):
+    """One draw from each row of [B, V]."""
+    return mx.random.categorical(mx.log(probabilities))
+
+
+# modules: weights may be kept in a wider type than the activations; they are cast where they are used
+
+
+class Module(nn.Module):
+    def __call__(self, *args, **named):
+        return self.forward(*args, **named)
+
+
+ModuleList = list
+
+
+class Linear(Module):
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__()
+        self.weight = mx.zeros((n_out, n_in))
+        if bias:
+            self.bias = mx.zeros((n_out,))
+
+    def forward(self, x):
+        y = x @ self.weight.astype(x.dtype).T
+        return y + self.bias.astype(x.dtype) if "bias" in self else y
+
+
+class Embedding(Module):
+    def __init__(self, n, width):
+        super().__init__()
+        self.weight = mx.zeros((n, width))
+
+    def forward(self, i):
+        return self.weight[i]
+
+    def as_linear(self, x):
+        return x @ self.weight.astype(x.dtype).T
+
+
+class RMSNorm(Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = mx.zeros((width,)), eps
+
+    def forward(self, x):
+        return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
+
+
+def shapes_only():
+    """Inside this context modules are built without allocating their weights: MLX is lazy, so that is always so."""
+    return contextlib.nullcontext()
+
+
+def parameters(model):
+    """name -> array, names as Hugging Face has them."""
+    return dict(tree_flatten(model.parameters()))
+
+
+def set_parameters(model, new):
+    """Put arrays in the place of parameters, by name."""
+    model.load_weights(list(new.items()), strict=False)
+
+
+def freeze(model, names):
+    """The parameters of these names take no gradient."""
+    modules = dict(model.named_modules())
+    model.unfreeze()
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        modules[path].freeze(recurse=False, keys=[leaf])
+
+
+def no_grad():
+    return contextlib.nullcontext()
+
+
+def read_safetensors(path):
+    """name -> array, on the device in use."""
+    return mx.load(str(path))
+
+
+def write_safetensors(path, arrays):
+    mx.save_safetensors(str(path), arrays, metadata={"format": "pt"})
+
+
+# training
+
+
+def checkpoint(module, x, *rest):
+    """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+    return nn.utils.checkpoint(module, lambda x: module(x, *rest))(x)
+
+
+def value_and_grad(model, f):
+    """f() -> scalar or (scalar, other...): returns (what f returned, name -> gradient of the scalar for what trains)."""
+    out, grads = nn.value_and_grad(model, f)()
+    return out, dict(tree_flatten(grads))
+
+
+def global_norm(arrays):
+    return mx.sqrt(sum(g.astype(float32).square().sum() for g in arrays.values()))
+
+
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only."""
+
+    def __init__(self, model, betas, eps, weight_decay):
+        named = dict(tree_flatten(model.trainable_parameters()))
+        adamw = lambda decay: mlx.optimizers.AdamW(0.0, list(betas), eps, decay, bias_correction=True)
+        self.model, self.groups = model, []
+        for decays, decay in ((True, weight_decay), (False, 0.0)):
+            mine = {n: p for n, p in named.items() if (p.ndim > 1) == decays}
+            self.groups.append((list(mine), adamw(decay)))
+            self.groups[-1][1].init(mine)
+
+    def step(self, grads, lr):
+        now = parameters(self.model)
+        for names, inner in self.groups:
+            inner.learning_rate = lr
+            new = inner.apply_gradients({n: grads[n] for n in names}, {n: now[n] for n in names})
+            set_parameters(self.model, new)
+        mx.eval(self.model.parameters(), *(inner.state for _, inner in self.groups))
+
+    def state(self):
+        """Flat name -> array, to be saved."""
+        out = {}
+        for names, inner in self.groups:
+            for n in names:
+                out |= {f"{n}.step": inner.state["step"], f"{n}.exp_avg": inner.state[n]["m"], f"{n}.exp_avg_sq": inner.state[n]["v"]}
+        return out
+
+    def restore(self, arrays):
+        for names, inner in self.groups:
+            for n in names:
+                inner.state["step"] = arrays[f"{n}.step"]
+                inner.state[n] = {"m": arrays[f"{n}.exp_avg"], "v": arrays[f"{n}.exp_avg_sq"]}
+
+
+def random_state():
+    """What the random numbers of the next steps depend on, as named arrays."""
+    return {"key": mx.random.state[0]}
+
+
+def restore_random(state):
+    mx.random.state[0] = state["key"]
+
+
+# generation
+
+
+def tree_map(f, tree):
+    """f over the arrays of nested dicts, lists and tuples; everything else is passed through."""
+    return _tree_map(lambda x: f(x) if is_array(x) else x, tree)
+
+
+def scalar(n):
+    """A counter that a static graph can hold: int -> array."""
+    return mx.array(n, dtype=int32)
+
+
+def static(step, state, fast=True):
+    """step(x, state) -> (y, state) with static shapes, as a function of x alone that keeps the state; compiled on a GPU."""
+    return _Plain(mx.compile(step) if fast and on_gpu() else step, state)
+
+
+class _Plain:
+    def __init__(self, step, state):
+        self.step, self.state = step, state
+
+    def __call__(self, x):
+        y, self.state = self.step(x, self.state)
+        mx.async_eval(y, self.state)
+        return y
+
+
+def compile_blocks(blocks):
+    """Nothing to do: `static` compiles the whole step."""

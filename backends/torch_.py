@@ -1,0 +1,408 @@
+"""PyTorch behind the names of ops. Mirrored, name for name and in the same order, by mlx_.py."""
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as _checkpoint
+
+from errors import Refused
+
+# types and devices
+
+float32, float16, bfloat16, int32, bool_ = torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.bool
+
+
+def use(device=None):
+    """Choose where arrays live: cpu, cuda, cuda:1, mps; None: the best there is. Returns the name."""
+    name = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        _device.append(torch.zeros(1, device=name).device)
+    except (RuntimeError, AssertionError):
+        raise Refused(f"device {name!r} is not there: torch here has {', '.join(devices())}") from None
+    return name
+
+
+def devices():
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, yes in there.items() if yes]
+
+
+_device = []
+
+
+def device():
+    if not _device:
+        use()
+    return _device[-1]
+
+
+def on_gpu():
+    return device().type != "cpu"
+
+
+def seed(n):
+    torch.manual_seed(n)
+
+
+def peak_memory():
+    """Bytes of the device at the peak so far; None where nobody counts."""
+    return torch.cuda.max_memory_allocated() if device().type == "cuda" else None
+
+
+def wait(*trees):
+    """Return when everything asked for so far is computed."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+# arrays
+
+
+def array(x, dtype=None):
+    return torch.as_tensor(x, dtype=dtype, device=device())
+
+
+def numpy(x):
+    return x.detach().to("cpu", torch.float32 if x.dtype == bfloat16 else x.dtype).numpy()
+
+
+def arange(n, like):
+    return torch.arange(n, dtype=int32, device=like.device)
+
+
+def full(shape, fill, dtype, like=None):
+    return torch.full(shape, fill, dtype=dtype, device=device() if like is None else like.device)
+
+
+def is_array(x):
+    return isinstance(x, torch.Tensor)
+
+
+def nbytes(x):
+    return x.numel() * x.element_size()
+
+
+where, cos, sin, exp, argmax, silu, sigmoid = torch.where, torch.cos, torch.sin, torch.exp, torch.argmax, F.silu, torch.sigmoid
+
+
+def cast(x, dtype):
+    return x.to(dtype)
+
+
+def cat(xs, axis):
+    return torch.cat(xs, axis)
+
+
+def split(x, n, axis):
+    return x.chunk(n, axis)
+
+
+def swap(x, a, b):
+    return x.transpose(a, b)
+
+
+def expand(x, shape):
+    return x.expand(shape)
+
+
+def repeat(x, n, axis):
+    return x.repeat_interleave(n, dim=axis) if n > 1 else x
+
+
+def cumsum(x, axis):
+    return torch.cumsum(x, axis, dtype=int32)
+
+
+def amax(x, axis):
+    return x.amax(axis, keepdim=True)
+
+
+def minimum(x, n):
+    """No entry above the number n."""
+    return x.clamp(max=n)
+
+
+def softmax(x, axis):
+    return torch.softmax(x, axis)
+
+
+def stop(x):
+    return x.detach()
+
+
+def take(x, i):
+    """x [B, H, N] or [B, H, N, W] at slots i [B, 1 or H, n]."""
+    i = i.long().expand(*x.shape[:2], -1)
+    return x.gather(2, i) if x.ndim == 3 else x.gather(2, i[..., None].expand(*i.shape, x.shape[3]))
+
+
+def top(rank, n):
+    """Indices of the n largest along the last axis, in slot order."""
+    return rank.topk(n, -1)[1].sort(-1)[0]
+
+
+def sort_by(key, i):
+    """Indices i in rising order of key, both [..., n]."""
+    return i.gather(-1, key.argsort(-1, stable=True))
+
+
+def sort(x, axis):
+    return x.sort(axis)[0]
+
+
+def put(x, new, n):
+    """Write new at slots n.. of axis 2 and return x; in place unless a gradient is being recorded. n: int or array."""
+    if torch.is_grad_enabled() and (x.requires_grad or new.requires_grad):
+        return x.index_copy(2, n + torch.arange(new.shape[2], device=x.device), new.to(x.dtype))
+    if isinstance(n, int):
+        x[:, :, n : n + new.shape[2]] = new
+        return x
+    return x.index_copy_(2, n + torch.arange(new.shape[2], device=x.device), new.to(x.dtype))
+
+
+_turns = {}
+
+
+def angles(pos, per_turn):
+    """Angles in radians, [..., n, pairs], of integer positions at frequencies given in 2^-32 turns a token: exact for any position."""
+    key = per_turn, pos.device
+    if key not in _turns:
+        _turns[key] = torch.tensor(per_turn, dtype=torch.int64, device=pos.device)
+    return (pos.long()[..., None] * _turns[key] & 0xFFFFFFFF).float() * (6.283185307179586 / 2**32)
+
+
+def sdpa(q, k, v, mask, scale):
+    """The framework's fused attention. mask: None, a bool array that broadcasts to [B, H, T, N], or "causal" (the last T of N)."""
+    gqa = q.shape[1] != k.shape[1]
+    T, N = q.shape[2], k.shape[2]
+    if isinstance(mask, str):
+        if T == N:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+        mask = torch.ones(T, N, dtype=torch.bool, device=q.device).tril(N - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+
+
+def cross_entropy(logits, targets):
+    """Loss per token in nats, float32; 0 where the target is negative. logits [..., V], targets [...]."""
+    flat, at = logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1).long()
+    return F.cross_entropy(flat, at, ignore_index=-1, reduction="none").reshape(targets.shape)
+
+
+def multinomial(probabilities):
+    """One draw from each row of [B, V]."""
+    return torch.multinomial(probabilities, 1)[:, 0]
+
+
+# modules: weights may be kept in a wider type than the activations; they are cast where they are used
+
+
+Module, ModuleList = nn.Module, nn.ModuleList
+
+
+class Linear(nn.Module):
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    def __init__(self, n, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n, width))
+
+    def forward(self, i):
+        return F.embedding(i, self.weight)
+
+    def as_linear(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def shapes_only():
+    """Inside this context modules are built without allocating their weights."""
+    return torch.device("meta")
+
+
+def parameters(model):
+    """name -> array, names as Hugging Face has them."""
+    return dict(model.named_parameters())
+
+
+def set_parameters(model, new):
+    """Put arrays in the place of parameters, by name."""
+    for name, x in new.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, nn.Parameter(x))
+
+
+def freeze(model, names):
+    """The parameters of these names take no gradient."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in names)
+
+
+def no_grad():
+    return torch.no_grad()
+
+
+def read_safetensors(path):
+    """name -> array, on the device in use."""
+    return safetensors.torch.load_file(path, device=str(device()))
+
+
+def write_safetensors(path, arrays):
+    safetensors.torch.save_file({k: v.detach().contiguous() for k, v in arrays.items()}, path, metadata={"format": "pt"})
+
+
+# training
+
+
+def checkpoint(module, x, *rest):
+    """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+    return _checkpoint(module, x, *rest, use_reentrant=False)
+
+
+def value_and_grad(model, f):
+    """f() -> scalar or (scalar, other...): returns (what f returned, name -> gradient of the scalar for what trains)."""
+    out = f()
+    loss = out[0] if isinstance(out, tuple) else out
+    names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    grads = torch.autograd.grad(loss, params, materialize_grads=True)
+    return (tuple(o.detach() for o in out) if isinstance(out, tuple) else out.detach()), dict(zip(names, grads))
+
+
+def global_norm(arrays):
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in arrays.values()]))
+
+
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only."""
+
+    def __init__(self, model, betas, eps, weight_decay):
+        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        groups = [[p for p in self.named.values() if (p.ndim > 1) == decays] for decays in (True, False)]
+        groups = [{"params": g, "weight_decay": w} for g, w in zip(groups, (weight_decay, 0.0))]
+        self.inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=device().type == "cuda")
+
+    def step(self, grads, lr):
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        for name, g in grads.items():
+            self.named[name].grad = g
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+
+    def state(self):
+        """Flat name -> array, to be saved."""
+        return {f"{n}.{k}": torch.as_tensor(x) for n, p in self.named.items() for k, x in self.inner.state[p].items()}
+
+    def restore(self, arrays):
+        for n, p in self.named.items():
+            here = {k: arrays[f"{n}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            self.inner.state[p] = {**here, "step": here["step"].to(device() if self.inner.defaults["fused"] else "cpu")}
+
+
+def random_state():
+    """What the random numbers of the next steps depend on, as named arrays."""
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state()} if device().type == "cuda" else state
+
+
+def restore_random(state):
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+# generation
+
+
+def tree_map(f, tree):
+    """f over the arrays of nested dicts, lists and tuples; everything else is passed through."""
+    if isinstance(tree, dict):
+        return {k: tree_map(f, v) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(tree_map(f, v) for v in tree)
+    return f(tree) if is_array(tree) else tree
+
+
+def scalar(n):
+    """A counter that a static graph can hold: int -> array."""
+    return torch.tensor(n, dtype=torch.int64, device=device())
+
+
+def static(step, state, fast=True):
+    """step(x, state) -> (y, state) with static shapes, as a function of x alone that keeps the state.
+
+    On a CUDA device the step is captured once as a graph whose buffers are the state's own; elsewhere it runs as it is.
+    """
+    if not fast or device().type != "cuda":
+        return _Plain(step, state)
+    return _Graph(step, state)
+
+
+class _Plain:
+    def __init__(self, step, state):
+        self.step, self.state = step, state
+
+    def __call__(self, x):
+        with torch.no_grad():
+            y, self.state = self.step(x, self.state)
+        return y
+
+
+class _Graph(_Plain):
+    def __call__(self, x):
+        if not hasattr(self, "graph"):
+            self.capture(x)
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.y
+
+    def capture(self, x):
+        self.x = x.clone()
+        before = tree_map(torch.clone, self.state)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        # warm-up runs advance the state's counters and slots, so it is put back afterwards
+        with torch.cuda.stream(side), torch.no_grad():
+            for _ in range(3):
+                self.step(self.x, self.state)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            self.y, new = self.step(self.x, self.state)
+            _copy(self.state, new)
+        _copy(self.state, before)
+
+
+def _copy(old, new):
+    """Every array of new into its place in old."""
+    if isinstance(old, dict):
+        for k in old:
+            _copy(old[k], new[k])
+    elif isinstance(old, (list, tuple)):
+        for a, b in zip(old, new):
+            _copy(a, b)
+    elif is_array(old) and old is not new:
+        old.copy_(new)
+
+
+def compile_blocks(blocks):
+    """Compile a model's blocks one by one (they share their code) for one-token steps; nothing on a CPU."""
+    if device().type == "cuda":
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})

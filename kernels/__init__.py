@@ -1,0 +1,50 @@
+"""attend(): the one primitive that everything above calls. Which engine runs is chosen here and nowhere else.
+
+dense.py is the specification. The framework's own fused attention (stock) is taken where it computes the same thing:
+without a mask for plain causal attention of consecutive tokens, with a mask otherwise. NANOLONG_KERNEL=dense forces the
+specification, NANOLONG_KERNEL=stock the fused kernel with a mask.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import ops
+from kernels import dense
+
+ENGINE = os.environ.get("NANOLONG_KERNEL", "auto")
+
+
+class Places(NamedTuple):
+    """Positions of a run of queries or keys: data, not an offset.
+
+    at: [B, 1, n], or [B, K, n] where key heads remember different tokens; integers, -1 marks an empty slot or padding.
+    first: the position of entry 0, if the host knows that entries are consecutive and alike in every row; else None.
+    """
+
+    at: Any
+    first: int | None = None
+
+
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, scale=None):
+    """Attention of queries at positions over keys at positions, under a rule.
+
+    q [B, H, T, D]; k, v [B, K, N, D] with K dividing H; q_at, k_at Places of T and N; rule a Plugin of attention/.
+    begin [B, 1, T]: first position of each query's own document; None: 0. No query sees a key before it, and the rule is
+    read in the document's own coordinates, so a packed document attends as it would alone.
+    always: that many leading keys are exempt from the rule (not from causality, documents or emptiness).
+    scale: multiplies the logits; None: D ** -0.5.
+    Returns [B, H, T, D]. A query that may see nothing gives zeros, except padding (position -1), whose rows are undefined.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if ENGINE == "dense":
+        return dense.attend(q, k, v, q_at, k_at, rule, begin, always, scale)
+    if ENGINE == "auto" and causal(q_at, k_at, q.shape[2], k.shape[2], rule, begin):
+        return ops.sdpa(q, k, v, "causal" if q.shape[2] > 1 else None, scale)
+    return ops.sdpa(q, k, v, dense.visible(q_at, k_at, rule, begin, always, q.shape[1]), scale)
+
+
+def causal(q_at, k_at, T, N, rule, begin):
+    """Is this plain causal attention of the last T of N consecutive tokens? Known on the host, or not at all."""
+    if rule.name != "full" or begin is not None or q_at.first is None or k_at.first is None:
+        return False
+    return q_at.first + T == k_at.first + N

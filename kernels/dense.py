@@ -1,0 +1,27 @@
+"""attend(), as a specification: the mask from the rule, scores in float32, softmax, product. Nothing clever."""
+
+import ops
+
+
+def visible(q_at, k_at, rule, begin, always, heads):
+    """May query t see key n? bool [B, 1 or H, T, N]. One comparison covers empty slots, padding and documents: an empty
+    slot stands at -1, and no query's document begins below 0. Padding queries see everything, so no softmax is empty."""
+    q, k = q_at.at[..., None], k_at.at[..., None, :]  # [B, 1, T, 1], [B, 1 or K, 1, N]
+    if k.shape[1] > 1:
+        k = ops.repeat(k, heads // k.shape[1], 1)
+    b = 0 if begin is None else begin[..., None]
+    h = ops.arange(heads, k).reshape(heads, 1, 1)
+    see = rule.module.allowed(q - b, k - b, h, rule.options)
+    if always:
+        see = see | (ops.arange(k.shape[-1], k) < always)
+    return (see & (k <= q) & (k >= b)) | (q < 0)
+
+
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, scale=None):
+    """See kernels.attend. Queries that may see nothing give zeros."""
+    B, H, T, D = q.shape
+    see = visible(q_at, k_at, rule, begin, always, H)
+    k, v = (ops.cast(ops.repeat(x, H // k.shape[1], 1), ops.float32) for x in (k, v))
+    s = ops.cast(q, ops.float32) @ ops.swap(k, 2, 3) * (D**-0.5 if scale is None else scale)
+    p = ops.softmax(ops.where(see, s, -1e30), -1) * ops.cast(see, ops.float32)
+    return ops.cast(p @ v, q.dtype)

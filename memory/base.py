@@ -1,0 +1,112 @@
+"""What one layer remembers: slots, each with a position (-1: empty). Read with the segment, forgotten only when it closes.
+
+A layer's state is a dict that is passed in and handed back:
+    k, v      [B, K, N, D]  what the slots hold, keys already turned to their positions (a policy may hold other fields)
+    pos       [B, 1, N], or [B, K, N] where heads remember different tokens
+    n         slots in use, the rest being room: an int while the host knows it, an array inside a static graph
+    first     the position of slot 0 if the slots in use are consecutive and the host knows it, else None
+    capacity  slots to allocate, an int: what survives a close and the longest segment that comes piece by piece
+Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
+"""
+
+import ops
+from kernels import Places, attend
+from ops import Module
+
+
+class Memory(Module):
+    """The policy of one layer. c: Config; o: the policy's Options. A file usually overrides `size` and `rank`, or pack/unpack."""
+
+    size = None  # slots that survive a close; None: all of them
+    always = 0  # that many leading slots are exempt from the attention pattern
+    heads_differ = False  # does each key head remember tokens of its own?
+    fields = ("k", "v", "pos")  # what a slot holds
+
+    def __init__(self, c, o):
+        super().__init__()
+        self.c, self.o = c, o
+
+    # the policy: what is stored of a token, its inverse, and which slots outlive the segment
+
+    def pack(self, attn, x, seg):
+        """What to store of the segment's tokens: field -> [B, K, T, ...]. x [B, T, C] is the layer's normed input."""
+        k, v = attn.kv(x)
+        return {"k": seg.turned(k), "v": v}
+
+    def unpack(self, attn, s):
+        """k, v [B, K, N, D] of every slot, keys turned to where they stand."""
+        return s["k"], s["v"]
+
+    def rank(self, seg, s):
+        """[B, 1 or K, N]: the `size` slots of highest rank stay. Default: the newest."""
+        return ops.cast(s["pos"], ops.float32)
+
+    # the four moments: start, write, attend, close
+
+    def start(self, segment, total):
+        """Nothing remembered yet. segment: the most tokens that come between closes; total: the most that come at all."""
+        return {"n": 0, "first": None, "capacity": total if self.size is None else self.size + segment}
+
+    def write(self, attn, x, seg, s):
+        """The segment joins the slots: in place where there is room, else by concatenation."""
+        new, (B, T), n = self.pack(attn, x, seg), x.shape[:2], s["n"]
+        heads = new["k"].shape[1] if self.heads_differ else 1
+        new["pos"] = ops.expand(seg.at.at, (B, heads, T))
+        consecutive = isinstance(n, int) and (n == 0 or (s["first"] is not None and seg.at.first == s["first"] + n))
+        first = (s["first"] if n else seg.at.first) if consecutive else None
+        if "pos" not in s and s["capacity"] > T:
+            s = {**s, **{f: blank(f, a, s["capacity"]) for f, a in new.items()}}
+        if "pos" not in s:
+            kept = new
+        elif not isinstance(n, int) or n + T <= s["pos"].shape[2]:
+            kept = {f: ops.put(s[f], a, n) for f, a in new.items()}
+        else:
+            kept = {f: ops.cat([s[f][:, :, :n], a], 2) for f, a in new.items()}
+        return {**s, **kept, "n": n + T, "first": first}
+
+    def attend(self, attn, q, seg, s):
+        """Past and present are one array of slots. q [B, H, T, D], not yet turned -> [B, H, T, D], state."""
+        used = self.used(s)
+        k, v = self.unpack(attn, used)
+        slots = Places(used["pos"], used["first"])
+        scale = seg.position.temperature * q.shape[-1] ** -0.5
+        return attend(seg.turned(q), k, v, seg.at, slots, attn.rule, seg.begin, self.always, scale), s
+
+    def close(self, attn, seg, s):
+        """The segment ends: what is over the size is forgotten, and there is room for the next segment behind what stays."""
+        s = self.used(s)
+        if self.size is not None and s["pos"].shape[2] > self.size:
+            s = self.forget(attn, seg, s)
+        return self.make_room(s)
+
+    def forget(self, attn, seg, s):
+        """The best `size` slots, in order of position, empty ones last."""
+        if seg.begin is not None:
+            # a finished document frees its slots
+            s = {**s, "pos": ops.where(s["pos"] < seg.begin[..., -1:], -1, s["pos"])}
+        keep = ops.top(ops.where(s["pos"] < 0, -1e30, self.rank(seg, s)), self.size)
+        at = ops.take(s["pos"], keep)
+        keep = ops.sort_by(ops.where(at < 0, 2**30, at), keep)
+        n = self.size if isinstance(s["n"], int) else ops.minimum(s["n"], self.size)
+        return {**s, **{f: ops.take(s[f], keep) for f in self.fields}, "n": n, "first": None}
+
+    def still(self, s):
+        """The same state for a static graph: every slot allocated, and counters that the graph can hold."""
+        return {**self.make_room(s), "n": ops.scalar(s["n"]), "first": None}
+
+    # helpers
+
+    def used(self, s):
+        """The slots in use; all slots where the host does not know (inside a static graph: the others are empty)."""
+        n = s["n"]
+        return {**s, **{f: s[f][:, :, :n] for f in self.fields}} if isinstance(n, int) and n < s["pos"].shape[2] else s
+
+    def make_room(self, s):
+        """Empty slots behind those in use, up to the capacity."""
+        short = s["capacity"] - s["pos"].shape[2]
+        return {**s, **{f: ops.cat([s[f], blank(f, s[f], short)], 2) for f in self.fields}} if short > 0 else s
+
+
+def blank(field, like, n):
+    """n empty slots for a field, shaped and typed like an array of it."""
+    return ops.full((*like.shape[:2], n, *like.shape[3:]), -1 if field in ("pos", "born") else 0, like.dtype, like)

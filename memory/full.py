@@ -1,0 +1,3 @@
+"""Keep everything: the ordinary KV cache."""
+
+from memory.base import Memory  # noqa: F401

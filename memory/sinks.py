@@ -1,0 +1,56 @@
+"""StreamingLLM (Xiao et al. 2023, arXiv:2309.17453): attention sinks, the document's first tokens, and the newest tokens,
+numbered by their place in the cache, so that distances never exceed it however long the text grows.
+
+Only distances count, so instead of moving every recent key back at each close, the few sinks move forward to stand just
+before the oldest recent key. A sink is turned from its unrotated key each time: turning a turned key again and again would
+add up rounding errors in bfloat16.
+"""
+
+import ops
+from memory.base import Memory as Base
+
+
+class Options:
+    budget: int = 1024  # tokens kept, the sinks included
+    sinks: int = 4  # first tokens that always stay
+
+
+def check(o):
+    if not 0 <= o.sinks < o.budget:
+        raise ValueError(f"sinks={o.sinks}, budget={o.budget}: the budget must be larger than the sinks that it includes")
+
+
+class Memory(Base):
+    fields = ("k", "v", "pos", "born")
+
+    def __init__(self, c, o):
+        super().__init__(c, o)
+        self.size, self.always = o.budget, o.sinks
+
+    def pack(self, attn, x, seg):
+        # born: where the token really stood; pos: where it is felt to stand
+        return {**super().pack(attn, x, seg), "born": ops.expand(seg.at.at, (x.shape[0], 1, x.shape[1]))}
+
+    def rank(self, seg, s):
+        since = s["born"] - (0 if seg.begin is None else seg.begin[..., -1:])
+        return ops.where(since < self.o.sinks, 1e9 - ops.cast(since, ops.float32), ops.cast(s["pos"], ops.float32))
+
+    def forget(self, attn, seg, s):
+        s, n = self.with_sinks(super().forget(attn, seg, s)), self.o.sinks
+        pos, born, rest = s["pos"][:, :, :n], s["born"][:, :, :n], s["pos"][:, :, n:]
+        # the same sinks as before keep the key that they were born with
+        plain = ops.where((born == s["sink_born"])[..., None], s["sink"], seg.turned_to(s["k"][:, :, :n], -pos))
+        oldest = -ops.amax(ops.where(rest < 0, -(2**30), -rest), 2)
+        at = ops.where((pos >= 0) & (oldest < 2**30), oldest - n + ops.arange(n, pos), pos)
+        k = ops.cat([seg.turned_to(plain, at), s["k"][:, :, n:]], 2)
+        return {**s, "k": k, "pos": ops.cat([at, rest], 2), "sink": plain, "sink_born": born}
+
+    def with_sinks(self, s):
+        """`sink` [B, K, sinks, D], the unturned keys of the sinks, and `sink_born` [B, 1, sinks]; -2: not known yet."""
+        if "sink" in s:
+            return s
+        n = self.o.sinks
+        return {**s, "sink": s["k"][:, :, :n] * 0, "sink_born": s["born"][:, :, :n] * 0 - 2}
+
+    def still(self, s):
+        return super().still(self.with_sinks(self.make_room(s)))

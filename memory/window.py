@@ -1,0 +1,18 @@
+"""Keep the newest tokens only. Simple, and the reason for `sinks`: the text falls apart when the first tokens go."""
+
+from memory.base import Memory as Base
+
+
+class Options:
+    budget: int = 1024  # tokens kept
+
+
+def check(o):
+    if o.budget < 1:
+        raise ValueError(f"budget={o.budget} keeps nothing: it must be at least 1")
+
+
+class Memory(Base):
+    def __init__(self, c, o):
+        super().__init__(c, o)
+        self.size = o.budget

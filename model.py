@@ -1,0 +1,401 @@
+"""The Llama, whole: config, attention, block, model, load and save.
+
+Symbols: B rows, T tokens of this call, N slots that attention sees, H query heads, K key heads, D head width, C model width,
+V vocabulary. Parameter and config names are Hugging Face's. The framework hides behind `ops`; who sees whom (attention/), how
+distance is felt (positions/) and what is kept of the past (memory/) are mechanisms that are plugged in by name.
+
+    model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct", attn="longformer:window=512", memory="sinks")
+    logits = model(tokens)                      # [B, T] -> [B, T, V] float32
+    state = model.start()
+    for segment in segments:                    # training in segments, prefill in chunks, decoding: one loop
+        logits, state = model(segment, state)
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import ops
+import plugins
+import tokenizer as tokenizers
+from errors import Refused
+from kernels import Places
+from ops import Module, ModuleList
+
+# ---------------------------------------------------------------- config
+
+DIFFERS = {
+    "cohere": "parallel blocks and LayerNorm",
+    "falcon": "parallel blocks and LayerNorm",
+    "gemma": "GELU and norms with 1 + weight",
+    "gemma2": "GELU, norms with 1 + weight and capped logits",
+    "gemma3_text": "GELU, norms with 1 + weight and norms on queries and keys",
+    "gpt2": "learned absolute positions, LayerNorm and GELU",
+    "gpt_neox": "parallel blocks, LayerNorm and GELU",
+    "llama4_text": "experts and norms on queries and keys",
+    "mixtral": "experts in the place of the MLP",
+    "olmo2": "norms after the sublayers and on queries and keys",
+    "phi3": "fused projections",
+    "qwen2": "biases on queries, keys and values but not on the output",
+    "qwen3": "norms on queries and keys",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The architecture, in the names of HF's config.json, and the mechanisms by their flags' spelling."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attn: str = "full"
+    pos: str = "rope"
+    memory: str = "full"
+    hf: dict = field(default_factory=dict)  # the config.json that this came from, to be written back
+
+    def __post_init__(self):
+        H = self.num_attention_heads
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or H)
+        if self.head_dim is None and self.hidden_size % H:
+            raise Refused(f"config.json: hidden_size {self.hidden_size} is no multiple of its {H} heads: give head_dim")
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // H)
+        if H % self.num_key_value_heads:
+            raise Refused(
+                f"config.json: {H} query heads cannot share {self.num_key_value_heads} key heads evenly: one must divide the other"
+            )
+
+    @classmethod
+    def from_hf(cls, hf):
+        """From the contents of a config.json. Raises Refused, naming what differs, if this is not a Llama."""
+        kind = hf.get("model_type")
+        if kind not in ("llama", "mistral"):
+            why = f" ({DIFFERS[kind]})" if kind in DIFFERS else ""
+            raise Refused(f"config.json says model_type {kind!r}{why}: nanolong runs models of type llama and mistral")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise Refused(f"config.json says hidden_act {hf['hidden_act']!r}: nanolong's MLP is SwiGLU (silu)")
+        own = {f.name for f in dataclasses.fields(cls)} - {"hf"}
+        given = {k: hf[k] for k in own & hf.keys() if hf[k] is not None}
+        rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+        given["rope_theta"] = float(rope.get("rope_theta", given.get("rope_theta", cls.rope_theta)))
+        mechanisms = {"attn": window_of(hf), "pos": scheme_of(rope), **hf.get("nanolong", {})}
+        return cls(**{**given, **{k: v for k, v in mechanisms.items() if k in own}}, hf=hf)
+
+    def to_hf(self):
+        """The contents of a config.json that transformers and mlx-lm read; our own fields stand under "nanolong"."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("attn", "pos", "memory", "hf", "rope_theta")]
+        hf = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **self.hf}
+        hf |= {k: getattr(self, k) for k in names}
+        if not self.hf:
+            hf |= {"rope_theta": self.rope_theta, "rope_scaling": None}
+        rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+        plain = {"attn": window_of(hf), "pos": scheme_of(rope), "memory": "full"}
+        mine = {k: getattr(self, k) for k in plain if getattr(self, k) != plain[k]}
+        hf.pop("nanolong", None)
+        return {**hf, "nanolong": mine} if mine else hf
+
+
+def window_of(hf):
+    """HF's sliding_window and layer_types, as the spelling of --attn."""
+    window = hf.get("sliding_window") if hf.get("model_type") == "mistral" else None
+    if not window:
+        return "full"
+    kinds = hf.get("layer_types") or ["sliding_attention"]
+    return "/".join(f"window:window={window}" if kind == "sliding_attention" else "full" for kind in kinds)
+
+
+def scheme_of(rope):
+    """HF's rope_scaling or rope_parameters, as the spelling of --pos."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return "rope"
+    if kind == "linear":
+        return f"pi:factor={rope['factor']}"
+    if kind == "llama3":
+        names = {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor", "original": "original_max_position_embeddings"}
+        return "llama3:" + ",".join(f"{ours}={rope[theirs]}" for ours, theirs in names.items())
+    raise Refused(f"config.json asks for rope type {kind!r}, which nanolong does not have: it has default, linear and llama3")
+
+
+# ---------------------------------------------------------------- the model
+
+
+class Segment(NamedTuple):
+    """What the layers need to know about the tokens of this call."""
+
+    at: Places  # positions [B, 1, T]; -1 is padding
+    begin: Any  # [B, 1, T] first position of the token's own document, or None: everything is one document
+    position: Any  # the layer's position scheme
+    turn: Any  # what the scheme computed from the positions, once for all layers that share it
+    close: bool  # the segment ends with this call: forget, compress, summarise now
+
+    def turned(self, x):
+        """Queries or keys [B, H, T, D] as seen from this segment's positions."""
+        return self.position.turned(x, self.turn)
+
+    def turned_to(self, x, pos):
+        """Keys [B, K, n, D] as seen from other positions, [B, 1 or K, n]."""
+        return self.position.turned(x, self.position.turn(pos))
+
+
+class Attention(Module):
+    def __init__(self, c, rule, memory):
+        super().__init__()
+        self.H, self.K, self.D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = ops.Linear(c.hidden_size, self.H * self.D, c.attention_bias)
+        self.k_proj = ops.Linear(c.hidden_size, self.K * self.D, c.attention_bias)
+        self.v_proj = ops.Linear(c.hidden_size, self.K * self.D, c.attention_bias)
+        self.o_proj = ops.Linear(self.H * self.D, c.hidden_size, c.attention_bias)
+        self.rule, self.memory = rule, memory
+
+    def heads(self, x):  # [B, T, heads * D] -> [B, heads, T, D]
+        return ops.swap(x.reshape(x.shape[0], x.shape[1], -1, self.D), 1, 2)
+
+    def kv(self, x):
+        return self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+
+    def forward(self, x, seg, s):
+        q = self.heads(self.q_proj(x))
+        # the segment joins what is remembered, so past and present are seen as one; only at its end is anything forgotten
+        s = self.memory.write(self, x, seg, s)
+        y, s = self.memory.attend(self, q, seg, s)
+        if seg.close:
+            s = self.memory.close(self, seg, s)
+        return self.o_proj(ops.swap(y, 1, 2).reshape(x.shape[0], x.shape[1], -1)), s
+
+
+class MLP(Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = ops.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.up_proj = ops.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down_proj = ops.Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(ops.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(Module):
+    def __init__(self, c, rule, memory):
+        super().__init__()
+        self.input_layernorm = ops.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, rule, memory)
+        self.post_attention_layernorm = ops.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, seg, s):
+        y, s = self.self_attn(self.input_layernorm(x), seg, s)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), s
+
+
+class Decoder(Module):
+    def __init__(self, c):
+        super().__init__()
+        L = c.num_hidden_layers
+        rules, memories, schemes = (plugins.tile(*what, L) for what in (("attention", c.attn), ("memory", c.memory), ("positions", c.pos)))
+        distinct = list(dict.fromkeys((p.name, p.options) for p in schemes))
+        self.embed_tokens = ops.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = ModuleList([Block(c, rule, build(m, "Memory", c)) for rule, m in zip(rules, memories)])
+        self.norm = ops.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        # one instance for all layers that feel distance alike
+        self.positions = ModuleList([build(next(p for p in schemes if (p.name, p.options) == d), "Position", c) for d in distinct])
+        self.feels = tuple(distinct.index((p.name, p.options)) for p in schemes)
+        self.checkpoint = False  # recompute each block in the backward pass
+
+    def forward(self, x, at, begin, close, states):
+        """x [B, T, C] -> [B, T, C] and the layers' new states."""
+        segments = [Segment(at, begin, p, p.turn(at.at), close) for p in self.positions]
+        after = []
+        for block, i, s in zip(self.layers, self.feels, states):
+            x, s = ops.checkpoint(block, x, segments[i], s) if self.checkpoint else block(x, segments[i], s)
+            after.append(s)
+        return self.norm(x), after
+
+
+class Llama(Module):
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.model = Decoder(c)
+        if not c.tie_word_embeddings:
+            self.lm_head = ops.Linear(c.hidden_size, c.vocab_size)
+        self.dtype = None  # of the activations; None: the embedding's
+
+    def head(self, x):
+        """[..., C] -> logits [..., V] in float32."""
+        return ops.cast(self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x), ops.float32)
+
+    def start(self, segment=0, total=0):
+        """Nothing remembered yet. segment, total: the most tokens that will come piece by piece between closes, and at all;
+        with them known, caches are allocated once."""
+        return {"next": 0, "layers": [block.self_attn.memory.start(segment, total) for block in self.model.layers]}
+
+    def forward(self, tokens, state=None, begin=None, padded=False, close=True, last=None):
+        """Logits of a whole text, or of the next piece of one.
+
+        tokens [B, T] integers. state: from start() or the call before; without it this is a text by itself, and only the
+        logits are returned. begin [B, T]: the position of the first token of each token's own document (documents packed in
+        a row do not see each other). padded: tokens of -1 are padding. close: the segment ends with these tokens. last:
+        logits of the last so many positions only.
+        Returns logits [B, T, V] float32, and with a state the new state.
+        """
+        alone = state is None
+        state = self.start() if alone else state
+        B, T = tokens.shape
+        pos, count = self.number(tokens, state["next"], padded)
+        at = Places(pos, state["next"] if isinstance(state["next"], int) and not padded else None)
+        x = self.model.embed_tokens(ops.where(tokens < 0, 0, tokens) if padded else tokens)
+        x = x if self.dtype is None else ops.cast(x, self.dtype)
+        x, layers = self.model(x, at, None if begin is None else begin[:, None], close and not alone, state["layers"])
+        logits = self.head(x if last is None else x[:, -last:])
+        return logits if alone else (logits, {"next": state["next"] + count, "layers": layers})
+
+    def number(self, tokens, start, padded):
+        """Positions [B, 1, T] of tokens that follow `start` others, and how many they are."""
+        B, T = tokens.shape
+        if not padded:
+            pos = ops.arange(T, tokens)[None, None] + (start if isinstance(start, int) else ops.cast(start, ops.int32).reshape(-1, 1, 1))
+            return ops.expand(pos, (B, 1, T)), T
+        live = tokens >= 0
+        count = ops.cumsum(live, 1)
+        pos = ops.where(live, count - 1 + (start if isinstance(start, int) else start[:, None]), -1)
+        return pos[:, None], count[:, -1]
+
+    def still(self, state):
+        """The same state with static shapes and no number that only the host knows: for a step that is one graph."""
+        layers = [block.self_attn.memory.still(s) for block, s in zip(self.model.layers, state["layers"])]
+        n = state["next"]
+        return {"next": ops.scalar(n) if isinstance(n, int) else n, "layers": layers}
+
+    def init(self, seed=0, std=0.02):
+        """Random weights, the same on every backend: normal of width std, norms 1, biases 0."""
+        draw, dtype = np.random.default_rng(seed), ops.float32
+        for name, p in ops.parameters(self).items():
+            value = np.ones(p.shape) if "norm" in name else draw.normal(size=p.shape) * std if p.ndim > 1 else np.zeros(p.shape)
+            ops.set_parameters(self, {name: ops.array(value.astype("float32"), dtype)})
+        return self
+
+
+def build(plugin, kind, c):
+    """The module's class of this kind, made for this config; its complaint about the config as a sentence with the flag."""
+    try:
+        return getattr(plugin.module, kind)(c, plugin.options)
+    except ValueError as no:
+        raise Refused(f"{plugin}: {no}") from None
+
+
+# ---------------------------------------------------------------- load and save
+
+
+def load(folder, attn=None, pos=None, memory=None, adapter=None, dtype=None, device=None):
+    """A checkpoint folder in Hugging Face's layout -> (model, tokenizer).
+
+    attn, pos, memory, adapter: as the flags spell them; None: what the checkpoint says. dtype: float32, bfloat16 or float16;
+    None: bfloat16 on a GPU, float32 on a CPU. device: as the backend names it; None: the best there is. Raises Refused.
+    """
+    ops.use(device)
+    folder = Path(folder)
+    config = read_config(folder)
+    given = {k: v for k, v in (("attn", attn), ("pos", pos), ("memory", memory)) if v is not None}
+    chosen = plugins.parse("adapters", adapter or "full")
+    with ops.shapes_only():
+        model = Llama(dataclasses.replace(config, **given))
+    wanted = ops.parameters(model)
+    dtype = as_dtype(dtype)
+    for path in weight_files(folder):
+        arrays = {n: ops.cast(a, dtype) for n, a in read(path).items() if n in wanted}
+        for name, a in arrays.items():
+            if tuple(a.shape) != tuple(wanted[name].shape):
+                raise Refused(f"{path}: {name} has shape {list(a.shape)}, but config.json makes it {list(wanted[name].shape)}")
+        ops.set_parameters(model, arrays)
+        wanted = {n: p for n, p in wanted.items() if n not in arrays}
+    missing = [n for n in wanted if ".memory." not in n]
+    if missing:
+        raise Refused(f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} for one: is the download complete?")
+    chosen.module.apply(model, chosen.options)
+    return model, tokenizers.load(folder)
+
+
+def as_dtype(name):
+    """The backend's dtype of this name; None: what suits the device."""
+    name = name or ("bfloat16" if ops.on_gpu() else "float32")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise Refused(f"dtype {name!r} is not known: choose float32, bfloat16 or float16")
+    return getattr(ops, name)
+
+
+def read_config(folder):
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise Refused(f"{folder} is no checkpoint folder: it has no config.json (python convert.py SOURCE {folder} makes one)")
+    try:
+        return Config.from_hf(json.loads(path.read_text()))
+    except (json.JSONDecodeError, KeyError, TypeError) as no:
+        raise Refused(f"{path} cannot be read: {type(no).__name__} {no}") from None
+
+
+def weight_files(folder):
+    """The model's safetensors, one or sharded, and our own parameters' file beside it."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    if any(Path(name).name != name for name in names):
+        raise Refused(f"{index} names a file outside its folder")
+    files = [folder / name for name in names]
+    lost = [f for f in files if not f.is_file()]
+    if lost:
+        raise Refused(f"{lost[0]} is not there (python convert.py SOURCE {folder} makes a checkpoint folder of other formats)")
+    return files + [f for f in [folder / "nanolong.safetensors"] if f.is_file()]
+
+
+def read(path):
+    try:
+        return ops.read_safetensors(path)
+    except Exception as no:
+        raise Refused(f"{path} is not a readable safetensors file: {no}") from None
+
+
+def save(model, folder, source=None):
+    """Write a checkpoint folder that transformers and mlx-lm open: config.json, model.safetensors (the memories' own parameters
+    in nanolong.safetensors), and the tokenizer's files copied from the folder `source`. The folder appears whole or not at all."""
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(model, partial, source)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write(model, folder, source=None):
+    """The files of a checkpoint into a folder that exists."""
+    arrays = ops.parameters(model)
+    mine = {n: a for n, a in arrays.items() if ".memory." in n}
+    ops.write_safetensors(folder / "model.safetensors", {n: a for n, a in arrays.items() if n not in mine})
+    if mine:
+        ops.write_safetensors(folder / "nanolong.safetensors", mine)
+    kind = str(model.model.embed_tokens.weight.dtype).split(".")[-1]
+    hf = {**model.config.to_hf(), "torch_dtype": kind, "dtype": kind}
+    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    for name in tokenizers.FILES if source else ():
+        if (Path(source) / name).is_file():
+            shutil.copy(Path(source) / name, folder / name)
