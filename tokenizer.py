@@ -129,7 +129,7 @@ class Fast:
         if self.byte_level:
             return re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\W_])"), 0
         one, two = self.ids(["x", "x x"])
-        return (re.compile(r"(?<=\S) (?=\S)"), 1) if one + one == two else (None, 0)
+        return (re.compile(r"(?<=[^\s▁]) (?=[^\s▁])"), 1) if one + one == two else (None, 0)
 
     def find(self, token):
         return self.run.token_to_id(token)
