@@ -199,7 +199,8 @@ def meta_beside(folder, out):
 def joined(name, parts, shape):
     """One tensor from its slices: replicated, or cut along the axis that adds up to the shape that it must have. Raises Refused."""
     shapes = [p.shape for p in parts]
-    if shape is None or all(s == shape for s in shapes):
+    # a replicated matrix must be the same everywhere, for slices of a wrong guess at the shape would look so too
+    if shape is None or (set(shapes) == {shape} and (len(shape) == 1 or all(same(parts[0], p) for p in parts[1:]))):
         return parts[0]
     for axis in range(len(shape)):
         rest = {s[:axis] + s[axis + 1 :] for s in shapes if len(s) == len(shape)} == {shape[:axis] + shape[axis + 1 :]}
