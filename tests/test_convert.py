@@ -132,6 +132,16 @@ def test_hf_and_back(rope, spelling, tmp_path):
     assert a["rope_scaling"] == (None if rope == "default" else {k: v for k, v in ROPES[rope].items() if k != "rope_theta"})
 
 
+def test_defaults_that_readers_differ_in_are_written(tmp_path):
+    """Left out, transformers takes the pretraining length from max_position_embeddings, mlx-lm 4096 for yarn and 8192 for llama3."""
+    source = saved(tiny(), tmp_path / "source")
+    rewrite(source / "config.json", lambda config: config.update(rope_scaling={"type": "yarn", "factor": 4.0}, num_key_value_heads=2))
+    rewrite(source / "config.json", lambda config: [config.pop(key) for key in ("tie_word_embeddings", "rms_norm_eps", "mlp_bias")])
+    config = json.loads((c.convert(source, tmp_path / "out") / "config.json").read_text())
+    assert config["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    assert (config["tie_word_embeddings"], config["rms_norm_eps"], config["mlp_bias"]) == (False, 1e-6, False)
+
+
 @pytest.mark.parametrize("fields", [{"sliding_window": 16}, {"sliding_window": None}, {}], ids=["window", "no window", "default window"])
 def test_mistral(fields, tmp_path):
     model = tiny("mistral", **fields)
@@ -263,6 +273,21 @@ def test_dtype_of_a_mixed_source(dtype, tmp_path):
     assert opened(out).dtype == getattr(torch, config["dtype"])
 
 
+def test_every_tensor_starts_at_a_multiple_of_its_width(tmp_path):
+    rows = {
+        "odd": ("BF16", np.arange(3, dtype="<u2")),
+        "wide": ("F32", np.arange(2, dtype="<f4")),
+        "matrix": ("F16", np.ones((3, 3), "<f2")),
+    }
+    tensors = {name: readers.Tensor(dtype, w.shape, w.copy, dtype) for name, (dtype, w) in rows.items()}
+    c.write_weights(tmp_path, tensors, {name: t.dtype for name, t in tensors.items()})
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + n])
+    assert n % 8 == 0 and all(header[name]["data_offsets"][0] % readers.SIZES[dtype] == 0 for name, (dtype, _) in rows.items())
+    assert weights(tmp_path)["wide"].tolist() == [0.0, 1.0]
+
+
 def test_float16_overflow_is_refused(tmp_path):
     model = tiny()
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = 1e6
@@ -323,6 +348,15 @@ def test_meta(ranks, embedding_axis, tmp_path):
     out = c.convert(write_meta(model, tmp_path / "meta", ranks, embedding_axis, vocab_size=96), tmp_path / "out")
     same_weights(weights(out), parameters(model))
     same_model(model, out)
+
+
+@pytest.mark.parametrize("embedding_axis", [0, 1], ids=["llama3", "llama1"])
+def test_meta_tied_without_a_head(embedding_axis, tmp_path):
+    model = tiny(head_dim=16, tie_word_embeddings=True)
+    meta = write_meta(model, tmp_path / "meta", 2, embedding_axis)
+    for file in meta.glob("*.pth"):
+        torch.save({k: v for k, v in torch.load(file, weights_only=True).items() if k != "output.weight"}, file)
+    same_model(model, c.convert(meta, tmp_path / "out"))
 
 
 def test_meta_without_grouped_heads_or_theta(tmp_path):
@@ -433,7 +467,7 @@ def test_gguf_as_transformers_reads_it(tmp_path):
     same_weights(weights(out), parameters(theirs))
 
 
-def test_gguf_mistral_tied_with_biases(tmp_path):
+def test_gguf_mistral_and_biases(tmp_path):
     model = tiny("mistral", sliding_window=16, tie_word_embeddings=True)
     write_gguf(model, tmp_path / "m.gguf", change=lambda w: w.add_sliding_window(16))
     same_model(model, c.convert(tmp_path / "m.gguf", tmp_path / "out"))
@@ -455,19 +489,21 @@ def llama3_factors(rope, head_dim):
 
 
 @pytest.mark.parametrize(
-    "rope",
+    "head_dim, rope",
     [
-        {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-        {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-        {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 4000},
-        {"factor": 6.0, "low_freq_factor": 2.0, "high_freq_factor": 16.0, "original_max_position_embeddings": 4096},
+        (64, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
+        # one frequency between the two wavelengths: too few to compute them from
+        (16, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
+        (64, {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
+        (64, {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 4000}),
+        (64, {"factor": 6.0, "low_freq_factor": 2.0, "high_freq_factor": 16.0, "original_max_position_embeddings": 4096}),
     ],
-    ids=["3.1", "3.2", "other", "low not 1"],
+    ids=["3.1", "narrow", "3.2", "other", "low not 1"],
 )
-def test_gguf_llama3_factors(rope, tmp_path):
+def test_gguf_llama3_factors(head_dim, rope, tmp_path):
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, **rope}
-    model = tiny(head_dim=64, num_hidden_layers=1, rope_parameters=rope)
-    factors = llama3_factors(rope, 64)
+    model = tiny(head_dim=head_dim, num_hidden_layers=1, rope_parameters=rope)
+    factors = llama3_factors(rope, head_dim)
     write_gguf(model, tmp_path / "m.gguf", change=lambda w: w.add_tensor("rope_freqs.weight", factors))
     out = opened(c.convert(tmp_path / "m.gguf", tmp_path / "out"))
     got, want = (m.model.rotary_emb.inv_freq for m in (out, model))
