@@ -71,9 +71,6 @@ class Source(NamedTuple):
     beside: Callable  # writes the tokenizer and other small files into a folder
 
 
-# ---- reading: Hugging Face
-
-
 def inside(folder, name):
     """The path of a file of this folder. A name or a link that leads elsewhere is refused; the hub cache's own links are not."""
     if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
@@ -114,12 +111,11 @@ def from_shards(folder, index, reader):
 
 
 def copy_beside(folder, out):
+    if (folder / "nanolong.safetensors").is_file():
+        read_safetensors(folder / "nanolong.safetensors")
     for name in BESIDE:
         if (folder / name).is_file():
             shutil.copyfile(inside(folder, name), out / name)
-
-
-# ---- reading: Meta's release
 
 
 def from_meta(folder):
@@ -254,9 +250,6 @@ def same(a, b):
     return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(a.read().view("u1"), b.read().view("u1"))
 
 
-# ---- reading: GGUF
-
-
 def from_gguf(path):
     """A GGUF file of the llama architecture.
 
@@ -364,9 +357,6 @@ def llama3_rope(path, factors, config):
     raise Refused(f"{path}: the factors in rope_freqs.weight are not those of Llama 3's scaling, the only kind that can be converted")
 
 
-# ---- checking
-
-
 def complete(config):
     """An HF config that leaves nothing to its reader's defaults, in which transformers and mlx-lm differ, its RoPE in both spellings."""
     config = {k: v for k, v in config.items() if k not in ("auto_map", "transformers_version", "_name_or_path")}
@@ -469,9 +459,6 @@ def check(config, tensors):
     return {name: tensors[name] for name in shapes}
 
 
-# ---- writing
-
-
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -508,6 +495,24 @@ def write_weights(folder, tensors, targets):
         write_json(folder / "model.safetensors.index.json", index)
 
 
+def write_in(folder, tensors, dtype):
+    """The weights in the dtype asked for (a key of DTYPES); returns the config's fields that name what most of them now are."""
+    targets = {name: DTYPES[dtype] or t.keep for name, t in tensors.items()}
+    try:
+        write_weights(folder, tensors, targets)
+    except OverflowError as no:
+        if dtype != "keep":
+            raise Refused(str(no)) from None
+        targets = {name: "BF16" if t.keep != t.dtype and t.keep == "F16" else t.keep for name, t in tensors.items()}
+        write_weights(folder, tensors, targets)
+    counts = Counter()
+    for name, t in tensors.items():
+        counts[targets[name]] += math.prod(t.shape)
+    spelled = next(k for k, v in DTYPES.items() if v == counts.most_common(1)[0][0])
+    # transformers 5 reads dtype, older ones torch_dtype
+    return {"dtype": spelled, "torch_dtype": spelled}
+
+
 def write_tensor(f, name, tensor, target, bar):
     rows = tensor.read()
     step = max(1, CHUNK // max(1, math.prod(tensor.shape[1:])))
@@ -537,9 +542,6 @@ def replacing(out):
             os.replace(old, out)
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-# ---- where sources come from
 
 
 def from_hub(name):
@@ -608,9 +610,6 @@ def open_source(path):
     raise Refused(f"{path} has no config.json or params.json: " + (f"give its file {ggufs}" if ggufs else "it should be a checkpoint"))
 
 
-# ---- the command
-
-
 def convert(source, out, dtype="keep", force=False):
     """Convert `source` (see the module's docstring) into the folder `out`; returns its path. Raises Refused, having written nothing.
 
@@ -625,31 +624,21 @@ def convert(source, out, dtype="keep", force=False):
             raise Refused(f"{out} exists already: choose another folder" + (", or replace it with --force" if out.is_dir() else ""))
         if not (out / "config.json").is_file():
             raise Refused(f"{out} is not a checkpoint (it has no config.json), so --force does not replace it: choose another folder")
-    with tempfile.TemporaryDirectory(prefix="nanolong-") as scratch:
-        path = locate(str(source), Path(scratch))
-        if out in (path.resolve(), *path.resolve().parents):
-            raise Refused(f"{out} holds the source: choose another folder")
-        config, tensors, beside = open_source(path)
-        config = complete(config)
-        known(config)
-        tensors = check(config, tensors)
-        targets = {name: DTYPES[dtype] or t.keep for name, t in tensors.items()}
-        with replacing(out) as folder:
-            beside(folder)
-            try:
-                write_weights(folder, tensors, targets)
-            except OverflowError as no:
-                if dtype != "keep":
-                    raise Refused(str(no)) from None
-                targets = {name: "BF16" if t.keep != t.dtype and t.keep == "F16" else t.keep for name, t in tensors.items()}
-                write_weights(folder, tensors, targets)
-            counts = Counter()
-            for name, t in tensors.items():
-                counts[targets[name]] += math.prod(t.shape)
-            spelled = next(k for k, v in DTYPES.items() if v == counts.most_common(1)[0][0])
-            # transformers 5 reads dtype, older ones torch_dtype
-            config |= {"dtype": spelled, "torch_dtype": spelled}
-            write_json(folder / "config.json", config)
+    try:
+        with tempfile.TemporaryDirectory(prefix="nanolong-") as scratch:
+            path = locate(str(source), Path(scratch))
+            if out in (path.resolve(), *path.resolve().parents):
+                raise Refused(f"{out} holds the source: choose another folder")
+            config, tensors, beside = open_source(path)
+            config = complete(config)
+            known(config)
+            tensors = check(config, tensors)
+            with replacing(out) as folder:
+                beside(folder)
+                config |= write_in(folder, tensors, dtype)
+                write_json(folder / "config.json", config)
+    except OSError as no:
+        raise Refused(f"{no.filename or source} cannot be read: {no.strerror or one_line(no)}") from None
     return out
 
 

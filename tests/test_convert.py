@@ -1037,6 +1037,20 @@ def test_source_that_is_not_there(source, tmp_path, monkeypatch):
     refuses(source, SOURCES[source], tmp_path)
 
 
+def test_unreadable_source(good, tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(c, "read_safetensors", denied)
+    refuses(good / "hf", "model.safetensors cannot be read: Permission denied", tmp_path)
+
+
+def test_broken_parameters_of_ours(good, tmp_path):
+    source = shutil.copytree(good / "hf", tmp_path / "source")
+    (source / "nanolong.safetensors").write_bytes(b"short")
+    refuses(source, "nanolong.safetensors is truncated", tmp_path)
+
+
 def test_one_file_of_a_folder(good, tmp_path):
     refuses(good / "hf" / "model.safetensors", "give its folder", tmp_path)
 
