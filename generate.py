@@ -32,18 +32,21 @@ class Session:
 
         self.ops, self.model, self.chunk, self.segment = ops, model, chunk, segment
         self.graph = graph and ops.on_gpu()
-        self.bounded = all(block.self_attn.memory.size is not None for block in model.model.layers)
+        self.endless = [block.self_attn.memory.size is None for block in model.model.layers]
         self.restart()
 
     def restart(self):
-        self.tokens, self.state, self.run, self.since = [], None, None, 0
+        self.tokens, self.state, self.run, self.since, self.room = [], None, None, 0, 0
 
     def read(self, tokens, room=0):
         """Read tokens, with room for as many more to be written; returns the logits [V] after the last."""
         tokens = np.asarray(tokens, np.int32)
         if self.run:
             self.state, self.run = self.model.moving(self.run.state) if self.graph else self.run.state, None
-        self.state = self.state or self.model.start(self.segment, len(tokens) + room)
+        self.state = self.state or self.model.start(self.segment)
+        for s, endless in zip(self.state["layers"], self.endless):
+            # what forgets nothing is allocated once for all that is to come
+            s["capacity"] = max(s["capacity"], s["n"] + len(tokens) + room) if endless else s["capacity"]
         pieces = range(0, len(tokens), self.chunk)
         with self.ops.no_grad():
             for i in tqdm(pieces, "reading", unit="chunk", leave=False, disable=len(pieces) < 2 or not sys.stderr.isatty()):
@@ -51,11 +54,15 @@ class Session:
                 logits, self.state = self.model(piece, self.state, last=1)
                 self.ops.wait(logits, self.state)
         self.tokens += tokens.tolist()
-        self.since = 0
+        self.since, self.room = 0, room
         return logits[0, -1]
 
     def step(self, token):
         """Read one token that was just written; returns the logits [V] after it."""
+        if any(self.endless) and not self.room:
+            # a static graph would write beyond its buffers
+            raise Refused("the session has no room for another token: read() with a larger room, or use a bounded memory")
+        self.room -= 1
         self.since += 1
         close = self.since >= self.segment
         self.since = 0 if close else self.since
@@ -77,13 +84,7 @@ class Session:
             finally:
                 decoder.run = plain
 
-        return ops.static(step, self.model.still(self.state), (False, True) if self.bounded else (False,))
-
-    def ready(self, room):
-        """Make room for that many more tokens in memories that forget nothing; a static graph must never overrun them."""
-        for s in self.state["layers"] if not self.run else ():
-            if not self.bounded:
-                s["capacity"] = max(s["capacity"], s["n"] + room)
+        return ops.static(step, self.model.still(self.state), (False,) if all(self.endless) else (False, True))
 
     def nbytes(self):
         """Bytes of everything that is remembered."""
@@ -155,7 +156,6 @@ def generate(session, tokenizer, tokens, n, sampler, stops=(), show=lambda text:
     """Read tokens, then write up to n more, showing text as soon as it is certain. Returns (text, statistics)."""
     start, until, stream, text = time.perf_counter(), Until(stops), tokenizer.stream(), ""
     logits = session.read(tokens, n)
-    session.ready(n)
     token, read, wrote = sampler(logits, session.tokens), time.perf_counter(), 0
 
     def emit(piece):
