@@ -89,6 +89,6 @@ def save(name, result, out=None):
     """Write a result to bench/results/NAME.json (or to the folder `out`) and print it."""
     path = Path(out or ROOT / "bench" / "results") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**machine(), **result}, indent=2) + "\n")
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     print(f"written to {path}", file=sys.stderr)
