@@ -217,14 +217,14 @@ class Decoder(Module):
         # one instance for all layers that feel distance alike
         self.positions = ModuleList([build(next(p for p in schemes if (p.name, p.options) == d), "Position", c) for d in distinct])
         self.feels = tuple(distinct.index((p.name, p.options)) for p in schemes)
-        self.checkpoint = False  # recompute each block in the backward pass
+        self.run = ops.call  # how a block is called: ops.checkpoint recomputes it in the backward pass
 
     def forward(self, x, at, begin, close, states):
         """x [B, T, C] -> [B, T, C] and the layers' new states."""
         segments = [Segment(at, begin, p, p.turn(at.at), close) for p in self.positions]
         after = []
         for block, i, s in zip(self.layers, self.feels, states):
-            x, s = ops.checkpoint(block, x, segments[i], s) if self.checkpoint else block(x, segments[i], s)
+            x, s = self.run(block, x, segments[i], s)
             after.append(s)
         return self.norm(x), after
 
@@ -258,7 +258,6 @@ class Llama(Module):
         """
         alone = state is None
         state = self.start() if alone else state
-        B, T = tokens.shape
         pos, count = self.number(tokens, state["next"], padded)
         at = Places(pos, state["next"] if isinstance(state["next"], int) and not padded else None)
         x = self.model.embed_tokens(ops.where(tokens < 0, 0, tokens) if padded else tokens)
@@ -274,7 +273,7 @@ class Llama(Module):
             pos = ops.arange(T, tokens)[None, None] + (start if isinstance(start, int) else ops.cast(start, ops.int32).reshape(-1, 1, 1))
             return ops.expand(pos, (B, 1, T)), T
         live = tokens >= 0
-        count = ops.cumsum(live, 1)
+        count = ops.cumsum(ops.cast(live, ops.int32), 1)
         pos = ops.where(live, count - 1 + (start if isinstance(start, int) else start[:, None]), -1)
         return pos[:, None], count[:, -1]
 
@@ -283,6 +282,12 @@ class Llama(Module):
         layers = [block.self_attn.memory.still(s) for block, s in zip(self.model.layers, state["layers"])]
         n = state["next"]
         return {"next": ops.scalar(n) if isinstance(n, int) else n, "layers": layers}
+
+    def moving(self, state):
+        """The inverse of still: counters as the host's own ints again, where all rows are alike."""
+        layers = [{**s, "n": ops.host(s["n"])} for s in state["layers"]]
+        n = state["next"]
+        return {"next": ops.host(n) if len(n.shape) == 0 else n, "layers": layers}
 
     def init(self, seed=0, std=0.02):
         """Random weights, the same on every backend: normal of width std, norms 1, biases 0."""

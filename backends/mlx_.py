@@ -107,7 +107,7 @@ def repeat(x, n, axis):
 
 
 def cumsum(x, axis):
-    return mx.cumsum(x.astype(int32), axis)
+    return mx.cumsum(x, axis)
 
 
 def amax(x, axis):
@@ -144,8 +144,9 @@ def sort_by(key, i):
     return mx.take_along_axis(i, mx.argsort(key, -1), -1)
 
 
-def sort(x, axis):
-    return mx.sort(x, axis)
+def descending(x):
+    """The last axis sorted, largest first."""
+    return -mx.sort(-x, -1)
 
 
 def put(x, new, n):
@@ -176,11 +177,6 @@ def cross_entropy(logits, targets):
     """Loss per token in nats, float32; 0 where the target is negative. logits [..., V], targets [...]."""
     loss = nn.losses.cross_entropy(logits.astype(float32), mx.maximum(targets, 0))
     return mx.where(targets < 0, 0.0, loss)
-
-
-def multinomial(probabilities):
-    """One draw from each row of [B, V]."""
-    return mx.random.categorical(mx.log(probabilities))
 
 
 # modules: weights may be kept in a wider type than the activations; they are cast where they are used
@@ -339,20 +335,31 @@ def scalar(n):
     return mx.array(n, dtype=int32)
 
 
-def static(step, state, fast=True):
-    """step(x, state) -> (y, state) with static shapes, as a function of x alone that keeps the state; compiled on a GPU."""
-    return _Plain(mx.compile(step) if fast and on_gpu() else step, state)
+def host(n):
+    """The counter back as an int."""
+    return n.item()
 
 
-class _Plain:
+def static(step, state):
+    """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (x, flag) that keeps the state in `.state`.
+    On a GPU each flag's step is compiled once."""
+    return _Steps(mx.compile(step) if on_gpu() else step, state)
+
+
+class _Steps:
     def __init__(self, step, state):
         self.step, self.state = step, state
 
-    def __call__(self, x):
-        y, self.state = self.step(x, self.state)
+    def __call__(self, x, flag=False):
+        y, self.state = self.step(x, self.state, flag)
         mx.async_eval(y, self.state)
         return y
 
 
-def compile_blocks(blocks):
-    """Nothing to do: `static` compiles the whole step."""
+def call(block, *args):
+    return block(*args)
+
+
+def fast_call():
+    """call() for one-token steps; `static` compiles the whole step here."""
+    return call

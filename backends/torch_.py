@@ -4,6 +4,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
 from errors import Refused
@@ -111,7 +112,7 @@ def repeat(x, n, axis):
 
 
 def cumsum(x, axis):
-    return torch.cumsum(x, axis, dtype=int32)
+    return torch.cumsum(x, axis)
 
 
 def amax(x, axis):
@@ -144,11 +145,12 @@ def top(rank, n):
 
 def sort_by(key, i):
     """Indices i in rising order of key, both [..., n]."""
-    return i.gather(-1, key.argsort(-1, stable=True))
+    return i.gather(-1, key.argsort(dim=-1, stable=True))
 
 
-def sort(x, axis):
-    return x.sort(axis)[0]
+def descending(x):
+    """The last axis sorted, largest first."""
+    return x.sort(-1, descending=True)[0]
 
 
 def put(x, new, n):
@@ -174,24 +176,29 @@ def angles(pos, per_turn):
 
 def sdpa(q, k, v, mask, scale):
     """The framework's fused attention. mask: None, a bool array that broadcasts to [B, H, T, N], or "causal" (the last T of N)."""
-    gqa = q.shape[1] != k.shape[1]
     T, N = q.shape[2], k.shape[2]
+    if T == 1 and q.is_cuda:
+        return one_row(q, k, v, mask, scale)
+    causal = isinstance(mask, str) and T == N
     if isinstance(mask, str):
-        if T == N:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-        mask = torch.ones(T, N, dtype=torch.bool, device=q.device).tril(N - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        mask = None if causal else causal_lower_right(T, N) if q.is_cuda else torch.ones(T, N, dtype=torch.bool).tril(N - T)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def one_row(q, k, v, mask, scale):
+    """The same for a single query in plain products, which a compiler streams at the speed of memory."""
+    B, H, _, D = q.shape
+    s = (q.reshape(B, k.shape[1], -1, D) @ k.transpose(2, 3)).float() * scale  # [B, K, G, N]
+    if mask is not None:
+        see = mask.expand(B, H, 1, -1).reshape(s.shape) if mask.shape[1] > 1 else mask
+        s = s.masked_fill(~see, -1e30)
+    return (s.softmax(-1).to(v.dtype) @ v).reshape(B, H, 1, D)
 
 
 def cross_entropy(logits, targets):
     """Loss per token in nats, float32; 0 where the target is negative. logits [..., V], targets [...]."""
     flat, at = logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1).long()
     return F.cross_entropy(flat, at, ignore_index=-1, reduction="none").reshape(targets.shape)
-
-
-def multinomial(probabilities):
-    """One draw from each row of [B, V]."""
-    return torch.multinomial(probabilities, 1)[:, 0]
 
 
 # modules: weights may be kept in a wider type than the activations; they are cast where they are used
@@ -344,49 +351,56 @@ def scalar(n):
     return torch.tensor(n, dtype=torch.int64, device=device())
 
 
-def static(step, state, fast=True):
-    """step(x, state) -> (y, state) with static shapes, as a function of x alone that keeps the state.
-
-    On a CUDA device the step is captured once as a graph whose buffers are the state's own; elsewhere it runs as it is.
-    """
-    if not fast or device().type != "cuda":
-        return _Plain(step, state)
-    return _Graph(step, state)
+def host(n):
+    """The counter back as an int."""
+    return int(n)
 
 
-class _Plain:
+def static(step, state):
+    """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (x, flag) that keeps the state in `.state`.
+    On a CUDA device each flag's step is captured once as a graph whose buffers are the state's own."""
+    return (_Graphs if device().type == "cuda" else _Steps)(step, state)
+
+
+class _Steps:
     def __init__(self, step, state):
         self.step, self.state = step, state
 
-    def __call__(self, x):
+    def __call__(self, x, flag=False):
         with torch.no_grad():
-            y, self.state = self.step(x, self.state)
+            y, self.state = self.step(x, self.state, flag)
         return y
 
 
-class _Graph(_Plain):
-    def __call__(self, x):
-        if not hasattr(self, "graph"):
-            self.capture(x)
-        self.x.copy_(x)
-        self.graph.replay()
-        return self.y
+class _Graphs(_Steps):
+    def __init__(self, step, state):
+        super().__init__(step, state)
+        self.graphs = {}
 
-    def capture(self, x):
-        self.x = x.clone()
+    def __call__(self, x, flag=False):
+        if flag not in self.graphs:
+            self.graphs[flag] = self.capture(x.clone(), flag)
+        graph, into, y = self.graphs[flag]
+        into.copy_(x)
+        graph.replay()
+        return y
+
+    @torch.no_grad()
+    def capture(self, x, flag):
         before = tree_map(torch.clone, self.state)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        # warm-up runs advance the state's counters and slots, so it is put back afterwards
-        with torch.cuda.stream(side), torch.no_grad():
+        with torch.cuda.stream(side):
             for _ in range(3):
-                self.step(self.x, self.state)
+                _copy(self.state, self.step(x, self.state, flag)[1])
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            self.y, new = self.step(self.x, self.state)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, new = self.step(x, self.state, flag)
             _copy(self.state, new)
+        # warm-up advanced the counters and wrote into the slots
         _copy(self.state, before)
+        return graph, x, y
 
 
 def _copy(old, new):
@@ -401,8 +415,13 @@ def _copy(old, new):
         old.copy_(new)
 
 
-def compile_blocks(blocks):
-    """Compile a model's blocks one by one (they share their code) for one-token steps; nothing on a CPU."""
-    if device().type == "cuda":
-        for block in blocks:
-            block.compile(fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})
+def call(block, *args):
+    return block(*args)
+
+
+def fast_call():
+    """call() for one-token steps: on a CUDA device compiled, once for all blocks; searching tile sizes by coordinate descent is
+    what makes the compiler stream a one-row product at the speed of memory."""
+    if device().type != "cuda":
+        return call
+    return torch.compile(call, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})

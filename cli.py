@@ -1,0 +1,64 @@
+"""What the scripts share on the command line: the flags of the four folders, the backend, whole numbers with a suffix."""
+
+import argparse
+import os
+import sys
+
+import plugins
+from errors import Refused
+
+
+def whole(text):
+    """argparse type: a whole number, 4k meaning 4096."""
+    try:
+        return plugins.number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (4096, or 4k)") from None
+
+
+def add_model_flags(parser):
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="FOLDER", help="checkpoint folder (default: SmolLM2-135M-Instruct, fetched on first use)")
+    add("--attn", metavar="SPEC", help=f"who may see whom: {', '.join(plugins.names('attention'))}")
+    add("--pos", metavar="SPEC", help=f"how distance is felt: {', '.join(plugins.names('positions'))}")
+    add("--memory", metavar="SPEC", help=f"what is kept of the past: {', '.join(plugins.names('memory'))}")
+    add("--adapter", metavar="SPEC", help=f"what trains: {', '.join(plugins.names('adapters'))}")
+    add("--backend", choices=["torch", "mlx"], help="default: mlx on a Mac, else torch, else whichever is installed")
+    add("--device", help="cpu, cuda, mps, gpu (default: the best there is)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the activations (default: bfloat16 on a GPU, float32 on a CPU)")
+
+
+def settle(args):
+    """Refuse a wrong spelling before anything loads, and choose the backend before anything imports it."""
+    for folder, flag in plugins.FOLDERS.items():
+        spec = getattr(args, flag.lstrip("-"))
+        for part in (spec or "").split("/"):
+            if spec is not None:
+                plugins.parse(folder, part)
+    if args.backend:
+        os.environ["NANOLONG_BACKEND"] = args.backend
+    import ops
+
+    if args.backend and args.backend != ops.BACKEND:
+        raise Refused(f"--backend {args.backend} comes too late: {ops.BACKEND} is in use already")
+    return ops
+
+
+def model_folder(args):
+    if args.model:
+        return args.model
+    from convert import default_model
+
+    return default_model()
+
+
+def load(args):
+    """The model and tokenizer that the flags ask for."""
+    from model import load
+
+    return load(model_folder(args), args.attn, args.pos, args.memory, args.adapter, args.dtype, args.device)
+
+
+def say(text):
+    """A remark for the person at the terminal; standard output is for results."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,298 @@
+"""Text out, streaming, with a bounded cache.
+
+python generate.py                                                    # the default model answers a default question
+python generate.py --prompt "def fibonacci(n):"                       # goes on with a text
+python generate.py --chat                                             # a conversation in the terminal
+python generate.py --chat --prompt-file book.txt --prompt "Who is the narrator?" --memory sinks:budget=2048
+cat notes.md | python generate.py --tokens 500 --memory sinks         # memory stays flat however long it writes
+"""
+
+import argparse
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+import cli
+from errors import Refused, main
+
+QUESTION = "In two sentences: why is it hard for a language model to read a very long text?"
+
+
+class Session:
+    """A text that is being read and written: the model, its state and every token so far.
+
+    chunk: tokens of the prompt read at once; segment: generated tokens between two closes, when a bounded memory forgets.
+    A chunk is a segment of its own, so reading never holds more than the budget and one chunk.
+    """
+
+    def __init__(self, model, chunk=512, segment=64, graph=True):
+        import ops
+
+        self.ops, self.model, self.chunk, self.segment = ops, model, chunk, segment
+        self.graph = graph and ops.on_gpu()
+        self.bounded = all(block.self_attn.memory.size is not None for block in model.model.layers)
+        self.restart()
+
+    def restart(self):
+        self.tokens, self.state, self.run, self.since = [], None, None, 0
+
+    def read(self, tokens, room=0):
+        """Read tokens, with room for as many more to be written; returns the logits [V] after the last."""
+        tokens = np.asarray(tokens, np.int32)
+        if self.run:
+            self.state, self.run = self.model.moving(self.run.state), None
+        self.state = self.state or self.model.start(self.segment, len(tokens) + room)
+        pieces = range(0, len(tokens), self.chunk)
+        with self.ops.no_grad():
+            for i in tqdm(pieces, "reading", unit="chunk", leave=False, disable=len(pieces) < 2 or not sys.stderr.isatty()):
+                piece = self.ops.array(tokens[None, i : i + self.chunk])
+                logits, self.state = self.model(piece, self.state, last=1)
+                self.ops.wait(logits, self.state)
+        self.tokens += tokens.tolist()
+        self.since = 0
+        return logits[0, -1]
+
+    def step(self, token):
+        """Read one token that was just written; returns the logits [V] after it."""
+        self.since += 1
+        close = self.since >= self.segment
+        self.since = 0 if close else self.since
+        self.tokens.append(token)
+        x = self.ops.array(np.array([[token]], np.int32))
+        if self.graph:
+            self.run = self.run or self.captured()
+            return self.run(x, close)[0, -1]
+        with self.ops.no_grad():
+            logits, self.state = self.model(x, self.state, close=close)
+        return logits[0, -1]
+
+    def captured(self):
+        """The one-token step as a static graph over the state."""
+        decoder, fast = self.model.model, self.ops.fast_call()
+
+        def step(x, state, close):
+            plain, decoder.run = decoder.run, fast
+            try:
+                return self.model(x, state, close=close)
+            finally:
+                decoder.run = plain
+
+        return self.ops.static(step, self.model.still(self.state))
+
+    def ready(self, room):
+        """Make room for that many more tokens in memories that forget nothing; a static graph must never overrun them."""
+        for s in self.state["layers"] if not self.run else ():
+            if not self.bounded:
+                s["capacity"] = max(s["capacity"], s["n"] + room)
+
+    def nbytes(self):
+        """Bytes of everything that is remembered."""
+        total = []
+        self.ops.tree_map(lambda a: total.append(self.ops.nbytes(a)) or a, (self.run or self).state)
+        return sum(total)
+
+
+class Sampler:
+    """The next token from logits: repetition penalty (Keskar et al. 2019, arXiv:1909.05858), temperature, then the filters
+    top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751) and min-p (Nguyen et al. 2024, arXiv:2407.01082), in HF's order.
+
+    The draw inverts the cumulative distribution at a numpy random number: the same seed gives the same text on every backend.
+    """
+
+    def __init__(self, temperature=0.7, top_k=0, top_p=1.0, min_p=0.05, repetition_penalty=1.0, seed=None):
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self.penalty, self.random = repetition_penalty, np.random.default_rng(seed)
+
+    def __call__(self, logits, tokens):
+        """logits [V] float32 of the backend, tokens so far -> int."""
+        import ops
+
+        if self.penalty != 1:
+            seen = np.zeros(logits.shape[0], bool)
+            seen[tokens] = True
+            cooler = ops.where(logits > 0, logits / self.penalty, logits * self.penalty)
+            logits = ops.where(ops.array(seen), cooler, logits)
+        if self.temperature == 0:
+            return int(ops.argmax(logits))
+        logits = logits / self.temperature
+        if self.top_k:
+            logits = ops.where(logits < ops.descending(logits)[min(self.top_k, logits.shape[0]) - 1], -1e30, logits)
+        p = ops.softmax(logits, -1)
+        if self.top_p < 1:
+            # a token stays while those before it, in falling order, have not reached top_p
+            order = ops.descending(p)
+            kept = int((ops.cumsum(order, -1) - order < self.top_p).sum())
+            p = ops.where(p < order[kept - 1], 0.0, p)
+        if self.min_p:
+            p = ops.where(p < self.min_p * ops.amax(p, -1), 0.0, p)
+        total = ops.cumsum(p, -1)
+        drawn = int((total <= float(self.random.random()) * total[-1]).sum())
+        return min(drawn, p.shape[0] - 1)
+
+
+class Until:
+    """Hold back text that may be the beginning of a stop string, and end at the first one."""
+
+    def __init__(self, stops):
+        self.stops, self.held, self.done = [s for s in stops if s], "", False
+
+    def push(self, text):
+        """The text that is safe to show."""
+        self.held += text
+        found = [(i, s) for s in self.stops if (i := self.held.find(s)) >= 0]
+        if found:
+            self.done, self.held = True, self.held[: min(found)[0]]
+        keep = 0 if self.done else max((k for s in self.stops for k in range(1, len(s)) if self.held.endswith(s[:k])), default=0)
+        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return out
+
+    def flush(self):
+        out, self.held = self.held, ""
+        return out
+
+
+def generate(session, tokenizer, tokens, n, sampler, stops=(), show=lambda text: None):
+    """Read tokens, then write up to n more, showing text as soon as it is certain. Returns (text, statistics)."""
+    start, until, stream, text = time.perf_counter(), Until(stops), tokenizer.stream(), ""
+    logits = session.read(tokens, n)
+    session.ready(n)
+    token, read, wrote = sampler(logits, session.tokens), time.perf_counter(), 0
+
+    def emit(piece):
+        nonlocal text
+        text += piece
+        show(piece)
+
+    while token not in tokenizer.eos_ids:
+        emit(until.push(stream.push(token)))
+        wrote += 1
+        if until.done or wrote == n:
+            break
+        token = sampler(session.step(token), session.tokens)
+        if wrote == 1:
+            # the first step compiles and captures: it is not what a token costs
+            first = time.perf_counter()
+    if not until.done:
+        emit(until.push(stream.flush()) + until.flush())
+    end = time.perf_counter()
+    decode = (wrote - 2) / (end - first) if wrote > 2 else float("nan")
+    return text, {
+        "read": len(tokens),
+        "read_speed": len(tokens) / (read - start),
+        "wrote": wrote,
+        "speed": decode,
+        "cache": session.nbytes(),
+    }
+
+
+def report(stats):
+    speed = f" at {stats['speed']:.1f} tokens/s" if stats["wrote"] > 2 else ""
+    return (
+        f"[read {stats['read']} tokens at {stats['read_speed']:.0f} tokens/s, wrote {stats['wrote']}{speed}, "
+        f"cache {stats['cache'] / 2**20:.1f} MiB]"
+    )
+
+
+def converse(session, tokenizer, args, sampler, first=None):
+    """A conversation: one message if there is nobody at the terminal, else until the end of input."""
+    messages, question = [], first
+    while True:
+        if question is None:
+            try:
+                question = input("\n> ")
+            except EOFError:
+                return
+        messages.append({"role": "user", "content": question})
+        tokens = tokenizer.chat(messages).tolist()
+        # what was read already need not be read again, unless the template or the tokenizer sees the text differently now
+        if not session.tokens or tokens[: len(session.tokens)] != session.tokens:
+            session.restart()
+        text, stats = generate(session, tokenizer, tokens[len(session.tokens) :], args.tokens, sampler, args.stop, show)
+        messages.append({"role": "assistant", "content": text})
+        print(flush=True)
+        cli.say(report(stats))
+        if first is not None:
+            return
+        question = None
+
+
+def show(text):
+    print(text, end="", flush=True)
+
+
+def prompt(args):
+    """The prompt from flags, a file or standard input; None if there is none."""
+    parts = []
+    if args.prompt_file:
+        try:
+            with open(args.prompt_file, encoding="utf-8") as f:
+                parts.append(f.read())
+        except OSError as no:
+            raise Refused(f"--prompt-file {args.prompt_file} cannot be read: {no.strerror}") from None
+        except UnicodeDecodeError:
+            raise Refused(f"--prompt-file {args.prompt_file} is not text in UTF-8: convert it first") from None
+    elif args.prompt is None and not sys.stdin.isatty():
+        parts.append(sys.stdin.read())
+    parts = [*parts, args.prompt or ""]
+    text = "\n\n".join(p for p in parts if p.strip())
+    return text or None
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_model_flags(parser)
+    add = parser.add_argument_group("text").add_argument
+    add("--prompt", help="the text to go on with, or the message of --chat; after the file's text if both are given")
+    add("--prompt-file", metavar="FILE", help="a text file to begin with (default: standard input, if it is not a terminal)")
+    add("--chat", action="store_true", help="use the model's chat template; without a prompt: a conversation in the terminal")
+    add("--tokens", type=cli.whole, default=256, help="the most tokens to write (default 256; 4k is 4096)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end where the model writes this (may be given more than once)")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default 0.7)")
+    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens only (default 0: all)")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold this much probability (default 1: all)")
+    add("--min-p", type=float, default=0.05, help="leave out tokens below this share of the likeliest one's probability (default 0.05)")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1, tokens that have appeared are less likely (default 1)")
+    add("--seed", type=int, help="the same seed gives the same text (default: a new one each time)")
+    add = parser.add_argument_group("speed and memory").add_argument
+    add("--chunk", type=cli.whole, default=512, help="tokens of the prompt read at once (default 512)")
+    add("--segment", type=cli.whole, default=64, help="a bounded memory forgets after so many written tokens (default 64)")
+    add("--no-graph", action="store_true", help="on a GPU, run each step as written instead of as one compiled graph")
+    args = parser.parse_args()
+    wrong = [
+        (args.tokens < 1, f"--tokens {args.tokens} writes nothing: give at least 1"),
+        (args.chunk < 1 or args.segment < 1, "--chunk and --segment must be at least 1"),
+        (args.temperature < 0, f"--temperature {args.temperature} is negative: give 0 or more"),
+        (args.top_k < 0, f"--top-k {args.top_k} is negative: give 0 (all) or more"),
+        (not 0 < args.top_p <= 1, f"--top-p {args.top_p} is no probability above 0: give a number up to 1"),
+        (not 0 <= args.min_p <= 1, f"--min-p {args.min_p} is no share: give a number from 0 to 1"),
+        (args.repetition_penalty <= 0, f"--repetition-penalty {args.repetition_penalty} must be above 0"),
+    ]
+    for is_wrong, sentence in wrong:
+        if is_wrong:
+            raise Refused(sentence)
+    return args
+
+
+def run():
+    args = arguments()
+    text = prompt(args)
+    cli.settle(args)
+    model, tokenizer = cli.load(args)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    session = Session(model, args.chunk, args.segment, not args.no_graph)
+    if text is None and not args.chat:
+        args.chat, text = tokenizer.has_chat, QUESTION if tokenizer.has_chat else "Once upon a time"
+        cli.say(f"> {text}")
+    if args.chat:
+        return converse(session, tokenizer, args, sampler, text)
+    show(text if len(text) < 2000 else "")
+    _, stats = generate(session, tokenizer, tokenizer.encode(text), args.tokens, sampler, args.stop, show)
+    print(flush=True)
+    cli.say(report(stats))
+
+
+if __name__ == "__main__":
+    main(run)
