@@ -15,15 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 import ops
 import plugins
 from errors import Refused
 from kernels import Places
 from model import Config, Llama
 
+ROOT = Path(__file__).parent.parent
 TINY = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 # options small enough to matter on a text of 24 tokens; an integer option that is not named here shrinks to its bit length
 SMALL = {"window": 5, "n_global": 2, "block": 6, "budget": 10, "sinks": 2, "original": 16}
@@ -95,7 +93,7 @@ def influence(model, tokens, segments=None, begin=None):
 def apart(a, b):
     """The largest difference, in units of b's spread; infinite where a is not finite."""
     assert a.shape == b.shape, f"{a.shape} against {b.shape}"
-    return float(np.abs(a - b).max() / b.std()) if np.isfinite(a).all() else float("inf")
+    return float(np.abs(a - b).max() / (b.std() + 1e-9)) if np.isfinite(a).all() else float("inf")
 
 
 def places(positions):
@@ -109,6 +107,18 @@ def loss_and_gradients(model, tokens, **how):
     x, y = ops.array(tokens[:, :-1]), ops.array(tokens[:, 1:])
     loss, grads = ops.value_and_grad(model, lambda: ops.cross_entropy(model(x, **how), y).mean())
     return float(ops.numpy(loss)), {n: ops.numpy(g) for n, g in grads.items()}
+
+
+def gradients(f, *arrays):
+    """Gradients of f(*arrays) -> scalar by each of its arrays."""
+    if ops.BACKEND == "mlx":
+        import mlx.core as mx
+
+        return mx.grad(f, argnums=tuple(range(len(arrays))))(*arrays)
+    import torch
+
+    arrays = [a.detach().requires_grad_() for a in arrays]
+    return torch.autograd.grad(f(*arrays), arrays)
 
 
 def weights(model):
