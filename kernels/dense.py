@@ -19,7 +19,7 @@ def visible(q_at, k_at, rule, begin, always, heads):
 
 def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, scale=None):
     """See kernels.attend. Queries that may see nothing give zeros."""
-    B, H, T, D = q.shape
+    H, D = q.shape[1], q.shape[3]
     see = visible(q_at, k_at, rule, begin, always, H)
     k, v = (ops.cast(ops.repeat(x, H // k.shape[1], 1), ops.float32) for x in (k, v))
     s = ops.cast(q, ops.float32) @ ops.swap(k, 2, 3) * (D**-0.5 if scale is None else scale)
