@@ -77,7 +77,7 @@ def test_engines_agree(use, rule, engine, shape, dtype):
 @every_rule
 def test_engines_agree_on_scattered_keys(use, rule, engine):
     """Key heads that remember different tokens, holes, keys of the future, documents, exempt slots, and a scale."""
-    B, H, K, T, N, D = shape = 2, 4, 2, 21, 45, 8
+    shape = B, _, K, T, N, _ = 2, 4, 2, 21, 45, 8
     draw = np.random.default_rng(3)
     k_at = np.stack([draw.permutation(60)[:N] for _ in range(B * K)]).reshape(B, K, N)
     k_at = np.where(draw.random(k_at.shape) < 0.2, -1, k_at)

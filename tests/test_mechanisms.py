@@ -1,10 +1,11 @@
 """What every mechanism must hold, whatever it is. They are found by listing the folders: a new file is tested at once."""
 
 import numpy as np
-import ops
-import plugins
 import pytest
 from conftest import apart, influence, run, small, text, tiny, whole
+
+import ops
+import plugins
 
 T = 24
 ATTN, POS, MEMORY = ([small(folder, name) for name in plugins.names(folder)] for folder in ("attention", "positions", "memory"))
