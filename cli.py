@@ -30,13 +30,13 @@ def add_model_flags(parser):
 
 def settle(args):
     """Refuse a wrong spelling before anything loads, and choose the backend before anything imports it."""
+    if args.backend:
+        os.environ["NANOLONG_BACKEND"] = args.backend
     for folder, flag in plugins.FOLDERS.items():
         spec = getattr(args, flag.lstrip("-"))
         for part in (spec or "").split("/"):
             if spec is not None:
                 plugins.parse(folder, part)
-    if args.backend:
-        os.environ["NANOLONG_BACKEND"] = args.backend
     import ops
 
     if args.backend and args.backend != ops.BACKEND:

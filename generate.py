@@ -42,7 +42,7 @@ class Session:
         """Read tokens, with room for as many more to be written; returns the logits [V] after the last."""
         tokens = np.asarray(tokens, np.int32)
         if self.run:
-            self.state, self.run = self.model.moving(self.run.state), None
+            self.state, self.run = self.model.moving(self.run.state) if self.graph else self.run.state, None
         self.state = self.state or self.model.start(self.segment, len(tokens) + room)
         pieces = range(0, len(tokens), self.chunk)
         with self.ops.no_grad():
@@ -60,17 +60,15 @@ class Session:
         close = self.since >= self.segment
         self.since = 0 if close else self.since
         self.tokens.append(token)
-        x = self.ops.array(np.array([[token]], np.int32))
-        if self.graph:
-            self.run = self.run or self.captured()
-            return self.run(x, close)[0, -1]
-        with self.ops.no_grad():
-            logits, self.state = self.model(x, self.state, close=close)
-        return logits[0, -1]
+        self.run = self.run or self.captured()
+        return self.run(token, close)[0, -1]
 
     def captured(self):
-        """The one-token step as a static graph over the state."""
-        decoder, fast = self.model.model, self.ops.fast_call()
+        """The one-token step, as a static graph over the state where there is a GPU."""
+        decoder, ops = self.model.model, self.ops
+        if not self.graph:
+            return ops.eager(lambda x, state, close: self.model(x, state, close=close), self.state)
+        fast = ops.fast_call()
 
         def step(x, state, close):
             plain, decoder.run = decoder.run, fast
@@ -79,7 +77,7 @@ class Session:
             finally:
                 decoder.run = plain
 
-        return self.ops.static(step, self.model.still(self.state))
+        return ops.static(step, self.model.still(self.state), (False, True) if self.bounded else (False,))
 
     def ready(self, room):
         """Make room for that many more tokens in memories that forget nothing; a static graph must never overrun them."""
@@ -166,11 +164,14 @@ def generate(session, tokenizer, tokens, n, sampler, stops=(), show=lambda text:
         show(piece)
 
     while token not in tokenizer.eos_ids:
-        emit(until.push(stream.push(token)))
-        wrote += 1
+        piece, wrote = until.push(stream.push(token)), wrote + 1
         if until.done or wrote == n:
+            emit(piece)
             break
-        token = sampler(session.step(token), session.tokens)
+        # the next step is under way while the text is shown
+        logits = session.step(token)
+        emit(piece)
+        token = sampler(logits, session.tokens)
         if wrote == 1:
             # the first step compiles and captures: it is not what a token costs
             first = time.perf_counter()

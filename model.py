@@ -220,7 +220,7 @@ class Decoder(Module):
         # one instance for all layers that feel distance alike
         self.positions = ModuleList([build(next(p for p in schemes if (p.name, p.options) == d), "Position", c) for d in distinct])
         self.feels = tuple(distinct.index((p.name, p.options)) for p in schemes)
-        self.run = ops.call  # how a block is called: ops.checkpoint recomputes it in the backward pass
+        self.run = ops.call  # how a part is called: compiled, or recomputed in the backward pass (ops.fast_call, ops.checkpoint)
 
     def forward(self, x, at, begin, close, states):
         """x [B, T, C] -> [B, T, C] and the layers' new states."""
@@ -229,7 +229,7 @@ class Decoder(Module):
         for block, i, s in zip(self.layers, self.feels, states):
             x, s = self.run(block, x, segments[i], s)
             after.append(s)
-        return self.norm(x), after
+        return x, after
 
 
 class Llama(Module):
@@ -243,6 +243,7 @@ class Llama(Module):
 
     def head(self, x):
         """[..., C] -> logits [..., V] in float32."""
+        x = self.model.norm(x)
         return ops.cast(self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x), ops.float32)
 
     def start(self, segment=0, total=0):
@@ -266,7 +267,7 @@ class Llama(Module):
         x = self.model.embed_tokens(ops.where(tokens < 0, 0, tokens) if padded else tokens)
         x = x if self.dtype is None else ops.cast(x, self.dtype)
         x, layers = self.model(x, at, None if begin is None else begin[:, None], close and not alone, state["layers"])
-        logits = self.head(x if last is None else x[:, -last:])
+        logits = self.model.run(self.head, x if last is None else x[:, -last:])
         return logits if alone else (logits, {"next": state["next"] + count, "layers": layers})
 
     def number(self, tokens, start, padded):

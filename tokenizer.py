@@ -208,8 +208,6 @@ class Tokenizer:
             raise Refused(f"{self.folder}: tokenizer_config.json names {text!r} as {name}, but the vocabulary has no such token")
         return found
 
-    # -- text to ids
-
     def encode(self, text, bos=None, special=False):
         """int32 [N]. bos: begin with the bos id; None does what the model's own tokenizer does. Raises Refused if it has none.
 
@@ -254,8 +252,6 @@ class Tokenizer:
                 done = found.end()
         return ids
 
-    # -- ids to text
-
     def decode(self, ids, special=False):
         """The text of ids; special tokens are left out unless special=True. Bytes that are no UTF-8 become U+FFFD."""
         stream = self.stream(special)
@@ -264,8 +260,6 @@ class Tokenizer:
     def stream(self, special=False):
         """A Stream: the same text as `decode`, as the ids arrive."""
         return Stream(self, special)
-
-    # -- chat
 
     @property
     def has_chat(self):

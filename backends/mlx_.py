@@ -71,6 +71,11 @@ def full(shape, fill, dtype, like=None):
     return mx.full(shape, fill, dtype=dtype)
 
 
+def normal(shape, dtype):
+    """Independent standard normal numbers."""
+    return mx.random.normal(shape, dtype)
+
+
 def is_array(x):
     return isinstance(x, mx.array)
 
@@ -340,18 +345,28 @@ def host(n):
     return n.item()
 
 
-def static(step, state):
-    """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (x, flag) that keeps the state in `.state`.
-    On a GPU each flag's step is compiled once."""
-    return _Steps(mx.compile(step) if on_gpu() else step, state)
+def advance(n, by):
+    """A counter moved on."""
+    return n + by
+
+
+def static(step, state, flags):
+    """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (token, flag) that keeps the state in
+    `.state`; x is the token as [1, 1]. On a GPU each flag's step is compiled."""
+    return eager(mx.compile(step) if on_gpu() else step, state)
+
+
+def eager(step, state):
+    """The same with a step that runs as it is written, shapes free to change."""
+    return _Steps(step, state)
 
 
 class _Steps:
     def __init__(self, step, state):
         self.step, self.state = step, state
 
-    def __call__(self, x, flag=False):
-        y, self.state = self.step(x, self.state, flag)
+    def __call__(self, token, flag=False):
+        y, self.state = self.step(mx.array([[token]]), self.state, flag)
         mx.async_eval(y, self.state)
         return y
 

@@ -76,6 +76,11 @@ def full(shape, fill, dtype, like=None):
     return torch.full(shape, fill, dtype=dtype, device=device() if like is None else like.device)
 
 
+def normal(shape, dtype):
+    """Independent standard normal numbers."""
+    return torch.randn(shape, dtype=dtype, device=device())
+
+
 def is_array(x):
     return isinstance(x, torch.Tensor)
 
@@ -356,51 +361,60 @@ def host(n):
     return int(n)
 
 
-def static(step, state):
-    """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (x, flag) that keeps the state in `.state`.
-    On a CUDA device each flag's step is captured once as a graph whose buffers are the state's own."""
-    return (_Graphs if device().type == "cuda" else _Steps)(step, state)
+def advance(n, by):
+    """A counter moved on; an array in place, so that a static graph keeps it where it is."""
+    return n + by if isinstance(n, int) else n.add_(by)
+
+
+def static(step, state, flags):
+    """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (token, flag) that keeps the state in
+    `.state`; x is the token as [1, 1]. On a CUDA device each flag's step is captured as a graph over the state's own buffers."""
+    return _Graphs(step, state, flags) if device().type == "cuda" else eager(step, state)
+
+
+def eager(step, state):
+    """The same with a step that runs as it is written, shapes free to change."""
+    return _Steps(step, state)
 
 
 class _Steps:
     def __init__(self, step, state):
         self.step, self.state = step, state
 
-    def __call__(self, x, flag=False):
-        with torch.no_grad():
-            y, self.state = self.step(x, self.state, flag)
+    @torch.no_grad()
+    def __call__(self, token, flag=False):
+        y, self.state = self.step(torch.tensor([[token]], device=device()), self.state, flag)
         return y
 
 
 class _Graphs(_Steps):
-    def __init__(self, step, state):
+    def __init__(self, step, state, flags):
         super().__init__(step, state)
-        self.graphs = {}
+        self.x = torch.zeros(1, 1, dtype=torch.int64, device=device())
+        # warm-up advances the counters and writes into the slots: it is undone
+        before = tree_map(torch.clone, state)
+        self.graphs = {flag: self.capture(flag) for flag in flags}
+        _copy(self.state, before)
 
-    def __call__(self, x, flag=False):
-        if flag not in self.graphs:
-            self.graphs[flag] = self.capture(x.clone(), flag)
-        graph, into, y = self.graphs[flag]
-        into.copy_(x)
+    def __call__(self, token, flag=False):
+        graph, y = self.graphs[flag]
+        self.x.fill_(token)
         graph.replay()
         return y
 
     @torch.no_grad()
-    def capture(self, x, flag):
-        before = tree_map(torch.clone, self.state)
+    def capture(self, flag):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):
-                _copy(self.state, self.step(x, self.state, flag)[1])
+            for _ in range(2):
+                _copy(self.state, self.step(self.x, self.state, flag)[1])
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y, new = self.step(x, self.state, flag)
+            y, new = self.step(self.x, self.state, flag)
             _copy(self.state, new)
-        # warm-up advanced the counters and wrote into the slots
-        _copy(self.state, before)
-        return graph, x, y
+        return graph, y
 
 
 def _copy(old, new):

@@ -62,7 +62,7 @@ class Memory(Module):
             kept = {f: ops.put(s[f], a, n) for f, a in new.items()}
         else:
             kept = {f: ops.cat([s[f][:, :, :n], a], 2) for f, a in new.items()}
-        return {**s, **kept, "n": n + T, "first": first}
+        return {**s, **kept, "n": ops.advance(n, T), "first": first}
 
     def attend(self, attn, q, seg, s):
         """Past and present are one array of slots. q [B, H, T, D], not yet turned -> [B, H, T, D], state."""
