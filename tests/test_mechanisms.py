@@ -102,14 +102,14 @@ def test_positions_carry_over_segments(pos):
 @every("attn", ATTN)
 def test_static_steps_equal_plain_ones(attn, memory):
     """One token a call, counters inside the arrays, closes included; then back to counters on the host."""
-    model, tokens, n = tiny(attn, memory=memory), text(40, 2), 8
+    model, tokens, n = tiny(attn, memory=memory), text(40), 8
     want = run(model, tokens, whole(40, n), room=40)
     with ops.no_grad():
         y, state = model(ops.array(tokens[:, :n]), model.start(n, 40))
-    step, got = ops.static(lambda x, s, close: model(x, s, close=close), model.still(state)), [ops.numpy(y)]
-    shapes = []
+    got, shapes = [ops.numpy(y)], []
+    step = ops.static(lambda x, s, close: model(x, s, close=close), model.still(state), (False, True))
     for t in range(n, 32):
-        got.append(ops.numpy(step(ops.array(tokens[:, t : t + 1]), (t + 1) % n == 0)))
+        got.append(ops.numpy(step(int(tokens[0, t]), (t + 1) % n == 0)))
         shapes.append([])
         ops.tree_map(lambda a: shapes[-1].append(tuple(a.shape)) or a, step.state)
     assert all(s == shapes[0] for s in shapes), "a static graph's shapes may not change"
