@@ -55,8 +55,8 @@ def perplexity(logits, tokens):
 def gguf():
     """The GGUF that the folder was made from: NANOLONG_TEST_GGUF says where it lies."""
     path = os.environ.get("NANOLONG_TEST_GGUF")
-    if not path or not Path(path).is_file() or not has("gguf"):
-        pytest.skip("NANOLONG_TEST_GGUF names no file (the .gguf that the default model comes from), or gguf is not installed")
+    if not path or not Path(path).is_file() or not has("gguf", "accelerate"):
+        pytest.skip("set NANOLONG_TEST_GGUF to the file that the default model comes from, and install gguf and accelerate")
     return path
 
 
