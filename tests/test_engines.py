@@ -132,6 +132,19 @@ def test_the_model_agrees(use, rule, engine, kv_heads):
             assert apart(got[n], grads[n]) < 1e-4, n
 
 
+def test_recomputed_blocks_give_the_same_gradients():
+    model, tokens, plain = tiny("window:window=5", memory="sinks:budget=10"), text(20, 2), tiny().model.run
+    want, grads = loss_and_gradients(model, tokens)
+    try:
+        model.model.run = ops.checkpoint
+        loss, got = loss_and_gradients(model, tokens)
+    finally:
+        model.model.run = plain
+    assert loss == want and set(got) == set(grads)
+    for n in grads:
+        np.testing.assert_allclose(got[n], grads[n], rtol=1e-5, atol=1e-6 * np.abs(grads[n]).max(), err_msg=n)
+
+
 def test_the_model_in_bfloat16(use):
     """Weights rounded to bfloat16 in both, then bfloat16 against float32 arithmetic: about 3 digits."""
     tokens = ops.array(text(24, 2))

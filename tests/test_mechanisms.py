@@ -17,8 +17,8 @@ LENGTH_MATTERS = {"dynamic", "longrope"}
 SEGMENTS = whole(T)
 # the same segments, fed one token at a time and in odd pieces
 PIECES = {"ones": [[1] * 8] * 3, "odd": [[3, 5], [7, 1], [1, 2, 5]]}
-# documents that end inside a segment, on its edge, and after it
-DOCUMENTS = [0, 3, 10, 16]
+# documents inside a segment, up to its edge, from its edge on, and over the next edge with more tokens than a small budget
+DOCUMENTS = [0, 3, 8, 12]
 
 name = lambda spec: spec.partition(":")[0]
 every = lambda what, specs, **how: pytest.mark.parametrize(what, specs, ids=how.get("ids", name))
@@ -71,7 +71,7 @@ def test_one_layer_sees_what_the_rule_allows(attn):
 
 
 @every("pieces", PIECES.values(), ids=list(PIECES))
-@every("room", [0, T], ids=["grown", "allocated"])
+@every("room", [0, 10, T], ids=["grown", "outgrown", "allocated"])
 @every("memory", MEMORY)
 def test_pieces_equal_the_segment(memory, room, pieces):
     """At a budget that binds, and the same points of closing."""
@@ -163,7 +163,7 @@ def test_a_packed_document_feels_its_own_distances(pos):
     if name(pos) in LENGTH_MATTERS:
         pytest.skip("its frequencies move with the length")
     model, tokens = tiny(pos=pos), text(T)
-    assert apart(run(model, tokens, begin=documents(T))[:, 10:16], run(model, tokens[:, 10:16])) < 1e-4
+    assert apart(run(model, tokens, begin=documents(T))[:, 12:], run(model, tokens[:, 12:])) < 1e-4
 
 
 @every("memory", MEMORY)
@@ -213,6 +213,43 @@ def test_a_window_needs_window_minus_one_slots(size, same, segments):
     """A window of 5 reaches 4 tokens back: with 4 slots segments change nothing, with 3 they do."""
     d = apart(run(tiny("window:window=5", memory=f"window:budget={size}"), text(T), segments), run(tiny("window:window=5"), text(T)))
     assert d < 1e-4 if same else d > 1e-3
+
+
+def segmented_loss(model, tokens, segments):
+    """Mean loss of the next tokens and every gradient, through the memory where segments are given."""
+    x, y, lengths = ops.array(tokens[:, :-1]), ops.array(tokens[:, 1:]), [n for segment in segments for n in segment]
+
+    def loss():
+        state, total, i = model.start(), 0, 0
+        for n in lengths:
+            logits, state = model(x[:, i : i + n], state)
+            total, i = total + ops.cross_entropy(logits, y[:, i : i + n]).sum(), i + n
+        return total / i
+
+    value, grads = ops.value_and_grad(model, loss)
+    return {"loss": ops.numpy(value), **{n: ops.numpy(g) for n, g in grads.items()}}
+
+
+@every("attn, memory", [("full", "full"), ("window:window=5", "window:budget=4"), ("full", "sinks:budget=99")], ids=str)
+def test_gradients_flow_through_the_memory(attn, memory):
+    """Whatever a memory holds back to the pattern's reach: the gradient of a text in segments is that of the whole text."""
+    model = tiny(attn, memory=memory)
+    want, got = (segmented_loss(model, text(T + 1, 2), segments) for segments in ([[T]], whole(T, 7)))
+    for n in want:
+        assert np.abs(got[n] - want[n]).max() < 1e-4 * np.abs(want[n]).max(), n
+
+
+@every("memory", MEMORY)
+def test_a_temperature_multiplies_the_logits(memory):
+    """A position scheme's temperature of 2 is queries of twice the length, in what is remembered too."""
+    warm, longer = (tiny(memory=memory, rope_theta=theta) for theta in (9000.0, 9001.0))
+    longer.model.positions[0].per_turn = warm.model.positions[0].per_turn
+    warm.model.positions[0].temperature = 2.0
+    for name, p in ops.parameters(longer).items():
+        if "q_proj" in name:
+            ops.set_parameters(longer, {name: p * 2})
+    assert apart(run(warm, text(T), SEGMENTS), run(longer, text(T), SEGMENTS)) < 1e-4
+    assert apart(run(warm, text(T), SEGMENTS), run(tiny(memory=memory), text(T), SEGMENTS)) > 1e-2
 
 
 # ---------------------------------------------------------------- 7. only distances count
