@@ -25,7 +25,18 @@ from tokenizers import Tokenizer as Backend
 from errors import Refused
 from vocabulary import BYTE_OF, from_gguf, from_tiktoken
 
-__all__ = ["Stream", "Tokenizer", "from_gguf", "from_tiktoken", "load"]
+__all__ = ["FILES", "Stream", "Tokenizer", "from_gguf", "from_tiktoken", "load"]
+
+# everything that a model folder says about its tokenizer, to be copied along with the weights
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 # what a checkpoint takes over from its source: the vocabulary, and the small files that name its special tokens
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
