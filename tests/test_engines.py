@@ -74,6 +74,15 @@ def test_engines_agree(use, rule, engine, shape, dtype):
 
 
 @every_engine
+def test_consecutive_keys_that_are_not_the_queries_own(use, engine):
+    """Consecutive as the host knows them, but the keys begin, or end, later than the fast path may assume."""
+    for first, keys_first in ((5, 0), (8, 3), (14, 2)):
+        q_at = places(np.arange(first, first + 6))._replace(first=first)
+        k_at = places(np.arange(keys_first, keys_first + 16))._replace(first=keys_first)
+        agree(use, engine, "float32", inputs(2, 4, 2, 6, 16, 8), q_at, k_at, plugins.parse("attention", "full"))
+
+
+@every_engine
 @every_rule
 def test_engines_agree_on_scattered_keys(use, rule, engine):
     """Key heads that remember different tokens, holes, keys of the future, documents, exempt slots, and a scale."""
