@@ -70,6 +70,10 @@ class Config:
     hf: dict = field(default_factory=dict)  # the config.json that this came from, to be written back
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), f.type | int if f.type is float else f.type
+            if not isinstance(value, kind) or (type(value) is int and value < 1):
+                raise Refused(f"config.json: {f.name} cannot be {value!r}")
         H = self.num_attention_heads
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or H)
         if self.head_dim is None and self.hidden_size % H:
@@ -352,7 +356,7 @@ def read_config(folder):
         raise Refused(f"{folder} is no checkpoint folder: it has no config.json (python convert.py SOURCE {folder} makes one)")
     try:
         return Config.from_hf(json.loads(path.read_text()))
-    except (json.JSONDecodeError, KeyError, TypeError) as no:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as no:
         raise Refused(f"{path} cannot be read: {type(no).__name__} {no}") from None
 
 

@@ -99,7 +99,7 @@ def number(text):
     """A whole number; the suffixes k and m mean 1024 and 1024*1024."""
     text = text.strip().lower()
     unit = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:], 1)
-    return int(text.rstrip("km")) * unit if unit > 1 else int(text)
+    return int(text[:-1] if unit > 1 else text) * unit
 
 
 def tile(folder, spec, n_layer):

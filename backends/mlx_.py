@@ -270,7 +270,9 @@ def write_safetensors(path, arrays):
 
 def checkpoint(module, x, *rest):
     """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
-    return nn.utils.checkpoint(module, lambda x: module(x, *rest))(x)
+    # a method's weights are those of the module that it belongs to
+    owner = getattr(module, "__self__", module)
+    return nn.utils.checkpoint(owner, lambda x: module(x, *rest))(x)
 
 
 def value_and_grad(model, f):

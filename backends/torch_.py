@@ -183,14 +183,14 @@ def sdpa(q, k, v, mask, scale):
     """The framework's fused attention. mask: None, a bool array that broadcasts to [B, H, T, N], or "causal" (the last T of N)."""
     T, N = q.shape[2], k.shape[2]
     if T == 1 and q.is_cuda:
-        return one_row(q, k, v, mask, scale)
+        return _one_row(q, k, v, mask, scale)
     causal = isinstance(mask, str) and T == N
     if isinstance(mask, str):
         mask = None if causal else causal_lower_right(T, N) if q.is_cuda else torch.ones(T, N, dtype=torch.bool).tril(N - T)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def one_row(q, k, v, mask, scale):
+def _one_row(q, k, v, mask, scale):
     """The same for a single query in plain products, which a compiler streams at the speed of memory."""
     B, H, _, D = q.shape
     s = (q.reshape(B, k.shape[1], -1, D) @ k.transpose(2, 3)).float() * scale  # [B, K, G, N]

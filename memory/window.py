@@ -1,4 +1,5 @@
-"""Keep the newest tokens only. Simple, and the reason for `sinks`: the text falls apart when the first tokens go."""
+"""Keep the newest tokens only (the rolling cache of Mistral 7B, arXiv:2310.06825). Simple, and the reason for `sinks`: the text
+falls apart when the first tokens go."""
 
 from memory.base import Memory as Base
 

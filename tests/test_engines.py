@@ -1,0 +1,171 @@
+"""Every engine of attend() against its specification, kernels/dense.py, and that against numpy: values and all gradients."""
+
+import numpy as np
+import pytest
+from conftest import apart, gradients, loss_and_gradients, places, small, text, tiny
+
+import kernels
+import ops
+import plugins
+
+ENGINES = ["stock", "auto"]
+RULES = [small("attention", n) for n in plugins.names("attention") if hasattr(plugins.load("attention", n), "allowed")]
+# rows, query heads, key heads, queries, keys, head width
+SHAPES = [(1, 4, 4, 1, 1, 8), (2, 4, 2, 17, 17, 8), (3, 6, 1, 1, 33, 16), (2, 4, 4, 37, 61, 20), (1, 2, 2, 128, 131, 32)]
+# in units of the spread: the largest error in float32; in bfloat16, where an engine may round scores to 8 bits, the mean one
+EPS = {"float32": 2e-5, "bfloat16": 1e-2}
+
+every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda s: s.partition(":")[0])
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    return lambda engine: monkeypatch.setattr(kernels, "ENGINE", engine)
+
+
+def inputs(B, H, K, T, N, D, seed=0, dtype="float32"):
+    draw = np.random.default_rng(seed)
+    return [
+        ops.array(draw.normal(size=(B, n, m, D)).astype("float32"), getattr(ops, dtype)) * s
+        for n, m, s in ((H, T, 2), (K, N, 1), (K, N, 1), (H, T, 1))
+    ]
+
+
+def outcome(use, engine, arrays, *how, **named):
+    """attend() and the gradients of <attend, w> by q, k and v, as numpy."""
+    use(engine)
+    *qkv, w = arrays
+    y = kernels.attend(*qkv, *how, **named)
+    assert y.dtype == qkv[0].dtype and y.shape == qkv[0].shape
+    f = lambda *qkv: (ops.cast(kernels.attend(*qkv, *how, **named), ops.float32) * ops.cast(w, ops.float32)).sum()
+    return [ops.numpy(a) for a in (y, *gradients(f, *qkv))]
+
+
+def agree(use, engine, dtype, arrays, *how, **named):
+    for what, a, b in zip("yqkv", *(outcome(use, e, arrays, *how, **named) for e in (engine, "dense"))):
+        error = apart(a, b) if dtype == "float32" else np.sqrt(np.mean((a - b) ** 2)) / (b.std() + 1e-9)
+        assert error <= EPS[dtype], "y" if what == "y" else f"gradient of {what}"
+
+
+def test_dense_equals_numpy(use):
+    """The specification itself, written out once more in float64."""
+    B, H, K, T, N, D = 2, 4, 2, 9, 13, 8
+    q, k, v, _ = (ops.numpy(a).astype("float64") for a in inputs(B, H, K, T, N, D))
+    at, keys = np.arange(4, 13), np.arange(13)
+    s = np.einsum("bhtd,bhnd->bhtn", q, k.repeat(2, 1)) * 0.3
+    s[:, :, (keys > at[:, None]) | (at[:, None] - keys >= 5)] = -np.inf
+    p = np.exp(s - s.max(-1, keepdims=True))
+    want = np.einsum("bhtn,bhnd->bhtd", p / p.sum(-1, keepdims=True), v.repeat(2, 1))
+    use("dense")
+    got = kernels.attend(*inputs(B, H, K, T, N, D)[:3], places(at), places(keys), plugins.parse("attention", "window:window=5"), scale=0.3)
+    assert apart(ops.numpy(got), want) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@every_engine
+@every_rule
+def test_engines_agree(use, rule, engine, shape, dtype):
+    """The last T of N consecutive tokens: the host knows, so plain causal attention may take its fast path."""
+    T, N = shape[3:5]
+    q_at = places(np.arange(N - T, N))._replace(first=N - T)
+    agree(use, engine, dtype, inputs(*shape, dtype=dtype), q_at, places(np.arange(N))._replace(first=0), plugins.parse("attention", rule))
+
+
+@every_engine
+def test_consecutive_keys_that_are_not_the_queries_own(use, engine):
+    """Consecutive as the host knows them, but the keys begin, or end, later than the fast path may assume."""
+    for first, keys_first in ((5, 0), (8, 3), (14, 2)):
+        q_at = places(np.arange(first, first + 6))._replace(first=first)
+        k_at = places(np.arange(keys_first, keys_first + 16))._replace(first=keys_first)
+        agree(use, engine, "float32", inputs(2, 4, 2, 6, 16, 8), q_at, k_at, plugins.parse("attention", "full"))
+
+
+@every_engine
+@every_rule
+def test_engines_agree_on_scattered_keys(use, rule, engine):
+    """Key heads that remember different tokens, holes, keys of the future, documents, exempt slots, and a scale."""
+    shape = B, _, K, T, N, _ = 2, 4, 2, 21, 45, 8
+    draw = np.random.default_rng(3)
+    k_at = np.stack([draw.permutation(60)[:N] for _ in range(B * K)]).reshape(B, K, N)
+    k_at = np.where(draw.random(k_at.shape) < 0.2, -1, k_at)
+    k_at[..., :T] = np.arange(30, 30 + T)  # so that no row is empty
+    q_at = np.arange(30, 30 + T)
+    begin = ops.array(np.where(q_at < 41, 0, 41).astype("int32")[None, None].repeat(B, 0))
+    how = (places(q_at), places(k_at), plugins.parse("attention", rule), begin, 3, 0.2)
+    agree(use, engine, "float32", inputs(*shape), *how)
+
+
+@every_engine
+def test_rows_that_see_nothing_give_zeros(use, engine):
+    """A query before every key, and one whose document has no key yet; their gradients are zeros too, not NaN."""
+    arrays = inputs(2, 4, 2, 6, 9, 8)
+    q_at, k_at = places([3, 3, 20, 21, 22, 23]), places([*range(10, 18), -1])
+    begin = ops.array(np.array([[[0, 0, 0, 0, 19, 19]]] * 2, "int32"))
+    y, dq, dk, dv = outcome(use, engine, arrays, q_at, k_at, plugins.parse("attention", "full"), begin)
+    for a in (y, dq):
+        assert (a[:, :, [0, 1, 4, 5]] == 0).all() and (a[:, :, [2, 3]] != 0).all()
+    assert all(np.isfinite(a).all() for a in (dk, dv)) and (dk[:, :, 8] == 0).all() and (dv[:, :, 8] == 0).all()
+    agree(use, engine, "float32", arrays, q_at, k_at, plugins.parse("attention", "full"), begin)
+
+
+@every_engine
+def test_padding_does_not_reach_anyone(use, engine):
+    """Rows of 9 and 5 tokens: the padding's keys and values may be anything."""
+    arrays, other = inputs(2, 4, 2, 9, 9, 8), inputs(2, 4, 2, 9, 9, 8, seed=1)
+    at = np.array([range(9), [0, 1, 2, 3, 4, -1, -1, -1, -1]])
+    live = ops.array((at >= 0)[:, None, :, None])
+    swapped = [arrays[0], *(ops.where(live, a, b * 100) for a, b in zip(arrays[1:3], other[1:3]))]
+    rule = plugins.parse("attention", "full")
+    use(engine)
+    a, b = (ops.numpy(kernels.attend(*qkv, places(at), places(at), rule)) for qkv in (arrays[:3], swapped))
+    np.testing.assert_array_equal(a[1, :, :5], b[1, :, :5])
+    agree(use, engine, "float32", [*arrays[:3], arrays[3] * live], places(at), places(at), rule)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@every_engine
+@every_rule
+def test_the_model_agrees(use, rule, engine, kv_heads):
+    """Loss and every gradient of a whole model, batch of 2, an odd length, documents or not."""
+    model, tokens = tiny(rule, num_key_value_heads=kv_heads), text(20, 2)
+    for how in ({}, {"begin": ops.array(np.where(np.arange(19) < 7, 0, 7).astype("int32")[None].repeat(2, 0))}):
+        use("dense")
+        want, grads = loss_and_gradients(model, tokens, **how)
+        use(engine)
+        loss, got = loss_and_gradients(model, tokens, **how)
+        assert abs(loss - want) < 1e-5 * want
+        assert set(got) == set(grads) == set(ops.parameters(model))
+        for n in grads:
+            assert apart(got[n], grads[n]) < 1e-4, n
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    model, tokens, plain = tiny("window:window=5", memory="sinks:budget=10"), text(20, 2), tiny().model.run
+    want, grads = loss_and_gradients(model, tokens)
+    try:
+        model.model.run = ops.checkpoint
+        loss, got = loss_and_gradients(model, tokens)
+    finally:
+        model.model.run = plain
+    assert loss == want and set(got) == set(grads)
+    for n in grads:
+        np.testing.assert_allclose(got[n], grads[n], rtol=1e-5, atol=1e-6 * np.abs(grads[n]).max(), err_msg=n)
+
+
+def test_the_model_in_bfloat16(use):
+    """Weights rounded to bfloat16 in both, then bfloat16 against float32 arithmetic: about 3 digits."""
+    tokens = ops.array(text(24, 2))
+    model = tiny()
+    try:
+        rounded = {n: ops.cast(p, ops.bfloat16) for n, p in ops.parameters(model).items()}
+        before = {n: ops.cast(p, ops.float32) for n, p in ops.parameters(model).items()}
+        ops.set_parameters(model, {n: ops.cast(p, ops.float32) for n, p in rounded.items()})
+        exact = ops.numpy(model(tokens))
+        ops.set_parameters(model, rounded)
+        for engine in ("dense", *ENGINES):
+            use(engine)
+            assert np.abs(ops.numpy(model(tokens)) - exact).mean() < 3e-2 * exact.std(), engine
+    finally:
+        ops.set_parameters(model, before)
