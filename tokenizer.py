@@ -1,0 +1,511 @@
+"""Text to token ids and back: byte-level BPE (GPT-2, Llama 3, SmolLM2) and sentencepiece (Llama 2), from a model's own files.
+
+tok = load(folder)                        # tokenizer.json, else a sentencepiece tokenizer.model
+ids = tok.encode(text)                    # int32 [N]
+text = tok.decode(ids)                    # what a stream() of the same ids gives, piece by piece
+ids = tok.chat([{"role": "user", "content": "Hello"}])
+
+from_gguf(metadata, folder)               # a GGUF's vocabulary     -> tokenizer.json, tokenizer_config.json
+from_tiktoken(tokenizer_model, folder)    # Meta Llama 3's own file -> the same
+"""
+
+import base64
+import codecs
+import hashlib
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as Backend
+
+from errors import Refused
+
+PIECE = 1 << 16  # characters encoded at a time
+# Unicode noncharacters: no text has a use for them, so they can mark what the user wrote inside a rendered chat
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+
+
+def byte_alphabet():
+    """GPT-2's spelling of the 256 bytes as printable characters, by byte (openai/gpt-2 encoder.py)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    spelled = {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(rest)}}
+    return [spelled[b] for b in range(256)]
+
+
+BYTE_OF = {c: b for b, c in enumerate(byte_alphabet())}
+
+
+def load(folder):
+    """The Tokenizer of a model folder. Raises Refused when there is none or its files cannot be read."""
+    return Tokenizer(folder)
+
+
+def read_json(path):
+    """The dict in a JSON file, {} if there is no such file. Raises Refused when it holds something else."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as no:
+        raise Refused(f"{path} is not valid JSON ({no}): fetch it again from the model's source") from None
+    if not isinstance(found, dict):
+        raise Refused(f"{path} holds a {type(found).__name__} where a JSON object is expected: fetch it again from the model's source")
+    return found
+
+
+def read_settings(folder):
+    """What the small files beside a vocabulary say: special tokens (name to text), chat template, bos and eos ids, add_bos."""
+    found = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+    models = [read_json(folder / name) for name in ("config.json", "generation_config.json")]
+    template = found.get("chat_template")
+    if isinstance(template, list):
+        named = {t["name"]: t["template"] for t in template}
+        template = named.get("default", next(iter(named.values()), None))
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    # a special token is its text, or {"content": text, ...}, or null
+    tokens = {k: v["content"] if isinstance(v, dict) else v for k, v in found.items() if k.endswith("_token")}
+    tokens = {k: v for k, v in tokens.items() if v is None or isinstance(v, str)}
+    # an id, a list of ids, or null
+    every = lambda key: [i for m in models for i in (m[key] if isinstance(m.get(key), list) else [m.get(key)]) if type(i) is int]
+    bos_ids, eos_ids = every("bos_token_id"), every("eos_token_id")
+    return {"template": template, "tokens": tokens, "bos_ids": bos_ids, "eos_ids": eos_ids, "add_bos": found.get("add_bos_token")}
+
+
+class Fast:
+    """A tokenizer.json, run by the `tokenizers` library."""
+
+    def __init__(self, path, settings):
+        spec = read_json(path)
+        ends = {settings["tokens"].get("bos_token"), settings["tokens"].get("eos_token")}
+        try:
+            added = {t["id"]: t for t in spec.get("added_tokens") or []}
+            for token in added.values():
+                # some files forget to flag the token that ends a turn, and a user's text could then write it
+                token["special"] = token["special"] or token["content"] in ends
+            self.run = Backend.from_str(json.dumps({**spec, "truncation": None, "padding": None}))
+        except Exception as no:  # the library raises a bare Exception
+            raise Refused(f"{path} is not a tokenizer ({no}): fetch it again from the model's source") from None
+        decoder = json.dumps(spec.get("decoder"), ensure_ascii=False)
+        self.byte_level = '"ByteLevel"' in decoder
+        if not self.byte_level and "▁" not in decoder:
+            raise Refused(f"{path} is neither byte-level BPE nor sentencepiece: give the tokenizer of a Llama model")
+        self.special = {i: t["content"] for i, t in added.items() if t["special"]}
+        self.table = [b""] * (1 + max(self.run.get_vocab(with_added_tokens=True).values()))
+        for token, i in self.run.get_vocab(with_added_tokens=True).items():
+            self.table[i] = added[i]["content"].encode() if i in added else self.spell(token)
+        self.strip = not self.byte_level and ('"Strip"' in decoder or '"Metaspace"' in decoder)
+        self.begins = self.run.encode("", add_special_tokens=True).ids[:1]
+        self.cut, self.skip = self.safe_cut(spec, added)
+        # does a text right after a special token get sentencepiece's space in front, as a text at the beginning does?
+        mark = next(iter(self.special.values()), "")
+        self.same_after = self.byte_level or self.ids([mark + "x"], special=True)[0][1:] == self.ids(["x"])[0]
+
+    def spell(self, token):
+        """The bytes that a vocabulary entry stands for."""
+        if self.byte_level and all(c in BYTE_OF for c in token):
+            return bytes(BYTE_OF[c] for c in token)
+        return token.encode() if self.byte_level else piece_bytes(token)
+
+    def safe_cut(self, spec, added):
+        """Where a long text may be cut so that the parts' tokens, joined, are the whole's: (regex or None, characters to drop).
+
+        Before a space that follows a visible character: no token of the vocabulary reaches over such a place (checked here,
+        token by token), so no merge does, and the patterns that split words look ahead only from white space. Byte-level
+        vocabularies may also be cut after a lone newline before a letter, for scripts without spaces. Sentencepiece puts a
+        space in front of whatever it is given, so there the cut swallows the space. A vocabulary that fails is never cut.
+        """
+        kinds = set(re.findall(r'"type": "(\w+)"', json.dumps(spec.get("normalizer"))))
+        over = re.compile(r"[^\s\ufffd] |\n[^\W_]" if self.byte_level else r"[^\s\ufffd] ")
+        reaches = any(over.search(token.decode("utf-8", "replace")) for token in self.table)
+        if reaches or not kinds <= {"Sequence", "Prepend", "Replace", "NFC"} or any(t.get("rstrip") for t in added.values()):
+            return None, 0
+        if self.byte_level:
+            return re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\W_])"), 0
+        one, two = self.ids(["x", "x x"])
+        return (re.compile(r"(?<=[^\s▁]) (?=[^\s▁])"), 1) if one + one == two else (None, 0)
+
+    def find(self, token):
+        return self.run.token_to_id(token)
+
+    def ids(self, texts, special=False):
+        self.run.encode_special_tokens = not special
+        return [e.ids for e in self.run.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+class SentencePiece:
+    """A tokenizer.model, run by the `sentencepiece` library, which is quick on long texts and never parses special tokens."""
+
+    byte_level, same_after, strip, cut, skip = False, False, True, None, 0
+
+    def __init__(self, path):
+        import sentencepiece
+
+        with open(path, "rb") as file:
+            if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", file.read(1024)):
+                raise Refused(f"{path} is Meta's Llama 3 vocabulary: turn it into a tokenizer.json first, with convert.py")
+        try:
+            self.run = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise Refused(f"{path} is not a sentencepiece model: fetch it again from the model's source") from None
+        every = range(self.run.get_piece_size())
+        self.special = {i: self.run.id_to_piece(i) for i in every if self.run.is_control(i) or self.run.is_unknown(i)}
+        self.table = [piece_bytes(self.run.id_to_piece(i)) for i in every]
+        self.begins = [self.run.bos_id()]
+
+    def find(self, token):
+        found = self.run.piece_to_id(token)
+        return found if self.run.id_to_piece(found) == token else None
+
+    def ids(self, texts, special=False):
+        return self.run.encode(texts)
+
+
+def piece_bytes(piece):
+    """The bytes of a sentencepiece entry: <0xNN> is a byte, ▁ is a space."""
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+
+class Tokenizer:
+    """A model's tokenizer. Made by `load`.
+
+    vocab_size    the largest id + 1
+    bos_id        the id that begins a text, or None
+    eos_ids       every id that ends one (frozenset): a chat model has several
+    fingerprint   a hash of what decides the ids of a text: the key for caches of tokens
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        settings = read_settings(folder)
+        fast, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
+        if not fast.is_file() and not pieces.is_file():
+            raise Refused(f"{folder} has no tokenizer: put the model's tokenizer.json (or sentencepiece tokenizer.model) there")
+        self.folder, self.template, self.tokens = folder, settings["template"], settings["tokens"]
+        self.run = Fast(fast, settings) if fast.is_file() else SentencePiece(pieces)
+        self.vocab_size = len(self.run.table)
+        self.special_ids = {text: i for i, text in self.run.special.items()}
+        self.bos_id = self.id_of("bos_token", settings["bos_ids"])
+        eos = self.id_of("eos_token", [])
+        self.eos_ids = frozenset(i for i in [eos, *settings["eos_ids"]] if i is not None and i < self.vocab_size)
+        wanted = settings["add_bos"]
+        self.adds_bos = self.bos_id is not None and (self.run.begins == [self.bos_id] if wanted is None else wanted)
+        digest = hashlib.sha256((fast if fast.is_file() else pieces).read_bytes())
+        digest.update(repr((self.bos_id, sorted(self.eos_ids), self.adds_bos)).encode())
+        self.fingerprint = digest.hexdigest()[:32]
+
+    def id_of(self, name, otherwise):
+        """The id of a named special token; where the tokenizer's own files do not name one, the first of `otherwise`."""
+        if name not in self.tokens:
+            if isinstance(self.run, SentencePiece):
+                otherwise = [getattr(self.run.run, name.replace("token", "id"))()]
+            return next((i for i in otherwise if 0 <= i < self.vocab_size), None)
+        text = self.tokens[name]
+        found = None if text is None else self.special_ids.get(text, self.run.find(text))
+        if text is not None and found is None:
+            raise Refused(f"{self.folder}: tokenizer_config.json names {text!r} as {name}, but the vocabulary has no such token")
+        return found
+
+    # -- text to ids
+
+    def encode(self, text, bos=None, special=False):
+        """int32 [N]. bos: begin with the bos id; None does what the model's own tokenizer does. Raises Refused if it has none.
+
+        special=True reads special tokens written in the text, as a chat template writes them; with False "<|im_end|>" is
+        ten characters like any others, so a document or a user cannot end a turn. Long texts are cut where it is safe and
+        encoded in parallel.
+        """
+        if bos and self.bos_id is None:
+            raise Refused(f"the tokenizer in {self.folder} has no bos token: encode without bos")
+        head = [self.bos_id] if (self.adds_bos if bos is None else bos) else []
+        if special and isinstance(self.run, SentencePiece):
+            return np.asarray(head + self.parse(text, self.specials()), np.int32)
+        parts, done = [np.asarray(head, np.int32)], 0
+        while done < len(text):
+            pieces = []
+            # a group at a time bounds the memory: the library holds far more than an id per token
+            while done < len(text) and len(pieces) < 64:
+                found = self.run.cut and len(text) - done > 2 * PIECE and self.run.cut.search(text, done + PIECE)
+                end = found.start() if found else len(text)
+                pieces.append(text[done:end])
+                done = end + (self.run.skip if found else 0)
+            parts += [np.asarray(ids, np.int32) for ids in self.run.ids(pieces, special)]
+        return np.concatenate(parts)
+
+    def specials(self):
+        """Matches any special token; longer ones first, so none hides behind its own beginning."""
+        return "|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True))) or r"(?!)"
+
+    def parse(self, text, pattern):
+        """The ids (list) of a text in which what `pattern` matches are special tokens, and everything else is plain text."""
+        ids, done = [], 0
+        for found in [*re.finditer(pattern, text), None]:
+            plain = re.sub(f"[{OPEN}{CLOSE}]", "", text[done : found.start() if found else None])
+            if not ids or self.run.same_after:
+                ids += self.encode(plain, bos=False).tolist()
+            elif plain:
+                # after a special token sentencepiece sees no beginning of a text: let a newline take the space in front
+                ids += self.encode("\n" + plain, bos=False).tolist()[len(self.encode("\n", bos=False)) :]
+            if found:
+                ids.append(self.special_ids[found[0]])
+                done = found.end()
+        return ids
+
+    # -- ids to text
+
+    def decode(self, ids, special=False):
+        """The text of ids; special tokens are left out unless special=True. Bytes that are no UTF-8 become U+FFFD."""
+        stream = self.stream(special)
+        return "".join([stream.push(i) for i in np.asarray(ids).reshape(-1).tolist()]) + stream.flush()
+
+    def stream(self, special=False):
+        """A Stream: the same text as `decode`, as the ids arrive."""
+        return Stream(self, special)
+
+    # -- chat
+
+    @property
+    def has_chat(self):
+        return self.template is not None
+
+    def chat(self, messages, generate=True):
+        """The ids (int32 [N]) of a conversation, [{"role": ..., "content": ...}, ...], through the model's own chat template.
+
+        generate: end where the assistant begins to speak. The ids are transformers' apply_chat_template's, except that a
+        special token spelled out in a message stays plain text. Raises Refused if there is no template, or it objects.
+        """
+        if not self.has_chat:
+            raise Refused(f"the tokenizer in {self.folder} has no chat template: give plain text, or an instruction-tuned model")
+        specials, named = self.specials(), {k: v for k, v in self.tokens.items() if v is not None}
+        try:
+            template = chat_environment().from_string(self.template)
+            text = template.render(messages=mark(messages, specials), add_generation_prompt=generate, tools=None, **named)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as no:
+            raise Refused(f"the chat template in {self.folder} refuses these messages: {no}") from None
+        if OPEN not in text and CLOSE not in text:
+            return self.encode(text, bos=False, special=True)
+        return np.asarray(self.parse(text, f"(?<!{OPEN})(?:{specials})(?!{CLOSE})"), np.int32)
+
+
+class Stream:
+    """Text as the ids arrive, at a constant cost per id: the pushes and the flush, joined, are `decode` of all the ids."""
+
+    def __init__(self, tokenizer, special):
+        self.table, self.strip = tokenizer.run.table, tokenizer.run.strip
+        self.silent = () if special else tokenizer.run.special
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token):
+        """The text that this id completes, perhaps ""; a character still missing bytes waits. Raises Refused for an unknown id."""
+        if not 0 <= token < len(self.table):
+            raise Refused(f"token id {token} is outside of the vocabulary: ids go from 0 to {len(self.table) - 1}")
+        return self.out(self.utf8.decode(b"" if token in self.silent else self.table[token]))
+
+    def flush(self):
+        """What is left at the end: U+FFFD for a character that never became complete, or ""."""
+        return self.out(self.utf8.decode(b"", final=True))
+
+    def out(self, text):
+        # sentencepiece put a space in front of the text: take it back, once
+        if self.strip and text:
+            text, self.strip = text.removeprefix(" "), False
+        return text
+
+
+def mark(value, specials):
+    """The same messages with every special token inside them between OPEN and CLOSE."""
+    if isinstance(value, str):
+        return re.sub(specials, rf"{OPEN}\g<0>{CLOSE}", re.sub(f"[{OPEN}{CLOSE}]", "", value))
+    if isinstance(value, dict):
+        return {k: mark(v, specials) for k, v in value.items()}
+    return [mark(v, specials) for v in value] if isinstance(value, list | tuple) else value
+
+
+class Generation(jinja2.ext.Extension):
+    """{% generation %} marks what the assistant said, for training on it alone; in a prompt it is only its body."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def chat_environment():
+    """Jinja as chat templates expect it from transformers; sandboxed, for a template is a stranger's code."""
+
+    def objects(message):
+        raise jinja2.TemplateError(message)
+
+    # jinja's own tojson escapes HTML
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    env.filters["tojson"] = tojson
+    env.globals.update(raise_exception=objects, strftime_now=lambda form: datetime.now().strftime(form))
+    return env
+
+
+# -- other formats, turned into tokenizer.json
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer.ggml.pre -> (are digits split one by one first?, the pattern that splits words); llama.cpp src/llama-vocab.cpp
+PRE = {
+    **dict.fromkeys(["gpt-2", "default", "phi-2", "olmo", "mpt"], (False, GPT2)),
+    **dict.fromkeys(["smollm", "starcoder", "refact", "command-r", "codeshell"], (True, GPT2)),
+    **dict.fromkeys(["llama-bpe", "llama3", "llama-v3", "falcon3"], (False, LLAMA3)),
+    **dict.fromkeys(["qwen2", "deepseek-r1-qwen"], (False, LLAMA3.replace("{1,3}", ""))),
+    "tekken": (False, TEKKEN),
+}
+# these look a whole word up before they merge anything, and begin a text with bos unless told otherwise (llama.cpp)
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type, as in sentencepiece
+
+
+def from_gguf(metadata, folder):
+    """A GGUF's vocabulary as tokenizer.json and tokenizer_config.json in folder, for `load` and for transformers.
+
+    metadata: the file's key/values as plain Python values. Returns {"bos_token_id": int or None, "eos_token_id": [ints]} for
+    the model's config: GGUF files know tokens that end a turn (eot) beside the one that ends a text. Raises Refused, with
+    nothing written, for a kind of vocabulary that is not known.
+    """
+    get = lambda key, otherwise=None: metadata.get("tokenizer.ggml." + key, otherwise)
+    kind, pre, tokens = get("model"), get("pre", "default"), get("tokens")
+    if kind not in ("gpt2", "llama") or not tokens:
+        raise Refused(f"this GGUF's vocabulary is {kind!r}: only 'gpt2' (byte-level BPE) and 'llama' (sentencepiece) are known")
+    if kind == "gpt2" and pre not in PRE:
+        raise Refused(f"this GGUF splits words in the manner of {pre!r}: known are {', '.join(sorted(PRE))}")
+    types = get("token_type") or [NORMAL] * len(tokens)
+    added = [(i, t, types[i] == CONTROL) for i, t in enumerate(tokens) if types[i] in (CONTROL, USER_DEFINED)]
+    bos, eos = get("bos_token_id"), get("eos_token_id")
+    whole = kind == "gpt2" and pre in WHOLE_WORDS
+    adds_bos = bool(get("add_bos_token", kind == "llama" or whole)) and bos is not None
+    if kind == "gpt2":
+        digits, words = PRE[pre]
+        merges = [m.split(" ") for m in get("merges", [])]
+        spec = byte_level(tokens, merges, words, digits, whole, bool(get("add_space_prefix", False)))
+        spec["normalizer"] = {"type": "NFC"} if "qwen" in pre else None
+    else:
+        unknown = next((t for t, kind in zip(tokens, types) if kind == UNKNOWN), None)
+        added += [(i, t, True) for i, t in enumerate(tokens) if t == unknown]
+        merges = score_merges(tokens, get("scores"), types)
+        spec = sentencepiece_like(tokens, merges, unknown, bool(get("add_space_prefix", True)))
+    named = {f"{n}_token": get(f"{k}_token_id") for n, k in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
+    named = {name: tokens[i] for name, i in named.items() if i is not None and i < len(tokens)}
+    write(folder, spec, sorted(added), named, adds_bos, metadata.get("tokenizer.chat_template"))
+    ends = [i for i in (eos, get("eot_token_id"), get("eom_token_id")) if i is not None]
+    return {"bos_token_id": bos, "eos_token_id": list(dict.fromkeys(ends))}
+
+
+def from_tiktoken(path, folder):
+    """Meta Llama 3's tokenizer.model as tokenizer.json and tokenizer_config.json in folder; returns ids as `from_gguf` does.
+
+    The file's lines are `base64(token) rank`, the rank being the id; 256 special tokens follow (Llama 3.1's names, of which
+    Llama 3's are a part). Raises Refused for any other file.
+    """
+    ranks = {}
+    for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise Refused(f"{path}, line {n} is not 'base64 rank': give the tokenizer.model that Meta ships with Llama 3") from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+        raise Refused(f"{path} is incomplete: ranks must count from 0 without gaps and every single byte must be there")
+    spell = byte_alphabet()
+    text = {token: "".join(spell[b] for b in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        # tiktoken joins whichever neighbours make the token of lowest rank, so every way to make it is a merge of that rank
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges += [[text[a], text[b]] for a, b in sorted(pairs, key=lambda p: (ranks[p[0]], ranks[p[1]]))]
+    n = len(ranks)
+    spec = byte_level(sorted(text.values(), key={text[t]: r for t, r in ranks.items()}.get), merges, LLAMA3, whole=True)
+    named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    write(folder, spec, [(n + i, token, True) for i, token in enumerate(llama3_specials())], named, True, None)
+    return {"bos_token_id": n, "eos_token_id": [n + 1, n + 8, n + 9]}
+
+
+def llama3_specials():
+    """The 256 special tokens of Llama 3.1, in order of id (meta-llama/llama-models tokenizer.py)."""
+    reserved = [f"<|reserved_special_token_{i}|>" for i in range(248)]
+    first = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:2], "<|finetune_right_pad_id|>", reserved[2]]
+    first += ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
+    return first + reserved[3:]
+
+
+def byte_level(tokens, merges, words, digits=False, whole=False, prefix=False):
+    """tokenizer.json of a byte-level BPE: `words` is the pattern that splits text before any merge."""
+    steps = [{"type": "Digits", "individual_digits": True}] if digits else []
+    steps += [{"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}]
+    level = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": False}
+    if words == GPT2:
+        # the library has this one built in
+        steps, level["use_regex"] = steps[:-1], True
+    model = {"type": "BPE", "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole}
+    model |= {"vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges}
+    return {"model": model, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, level]}, "decoder": level}
+
+
+def sentencepiece_like(tokens, merges, unknown, prefix):
+    """tokenizer.json of a sentencepiece BPE with byte fallback, shaped as Llama 2's."""
+    front = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    model = {"type": "BPE", "unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
+    model |= {"vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges}
+    normalizer = {"type": "Sequence", "normalizers": [*front, space]}
+    return {"model": model, "normalizer": normalizer, "decoder": {"type": "Sequence", "decoders": decoders}}
+
+
+def score_merges(tokens, scores, types):
+    """Sentencepiece joins whichever neighbours make the piece of highest score: the pairs, best first.
+
+    Control, unknown, byte and unused pieces are never made from text, or a user could spell them.
+    """
+    score = {t: s for t, s, kind in zip(tokens, scores, types) if kind in (NORMAL, USER_DEFINED)}
+    merges = []
+    for token in sorted(score, key=score.get, reverse=True):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in score and token[i:] in score]
+        merges += sorted(pairs, key=lambda p: (score[p[0]], score[p[1]]), reverse=True)
+    return merges
+
+
+def write(folder, spec, added, named, adds_bos, template):
+    """Write tokenizer.json and tokenizer_config.json. added: (id, text, special); named: {"bos_token": text, ...}."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec = {"version": "1.0", "truncation": None, "padding": None, **{"normalizer": None, "pre_tokenizer": None}, **spec}
+    spec["added_tokens"] = [{"id": i, "content": t, **flags, "special": s} for i, t, s in added]
+    begin = named.get("bos_token")
+    if adds_bos:
+        piece = lambda name, n: {name: {"id": n, "type_id": 0}}
+        single, pair = [piece("Sequence", "A")], [piece("Sequence", "A"), piece("Sequence", "B")]
+        front = [piece("SpecialToken", begin)]
+        ids = {begin: {"id": begin, "ids": [i for i, t, _ in added if t == begin], "tokens": [begin]}}
+        spec["post_processor"] = {"type": "TemplateProcessing", "single": front + single, "pair": front + pair, "special_tokens": ids}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_bos, "clean_up_tokenization_spaces": False, **named}
+    config |= {"chat_template": template} if template else {}
+    try:
+        Backend.from_str(json.dumps(spec))
+    except Exception as no:  # the library raises a bare Exception
+        raise Refused(f"this vocabulary cannot be made a tokenizer ({no}): get the model's own tokenizer.json") from None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
