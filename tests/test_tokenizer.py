@@ -14,6 +14,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 import tokenizer
+import vocabulary
 from errors import Refused
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def trained(words, digits, specials):
 
 def gguf(pre, template=CHATML, **more):
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tok, tokens, merges = trained(tokenizer.PRE[pre][1], tokenizer.PRE[pre][0], specials)
+    tok, tokens, merges = trained(vocabulary.PRE[pre][1], vocabulary.PRE[pre][0], specials)
     types = [3 if t in specials else 1 for t in tokens]
     keys = {"model": "gpt2", "pre": pre, "tokens": tokens, "merges": [" ".join(m) for m in merges], "token_type": types}
     keys |= {"bos_token_id": 1, "eos_token_id": 2, **more}
@@ -100,8 +101,8 @@ def llama2(pieces, tmp_path_factory):
 def llama3(tmp_path_factory):
     """Llama 3's kind, by way of a tiktoken file: (Tokenizer, ranks by bytes)."""
     folder = tmp_path_factory.mktemp("llama3")
-    _, tokens, _ = trained(tokenizer.LLAMA3, False, [])
-    ranks = {bytes(tokenizer.BYTE_OF[c] for c in t): i for i, t in enumerate(tokens)}
+    _, tokens, _ = trained(vocabulary.LLAMA3, False, [])
+    ranks = {bytes(vocabulary.BYTE_OF[c] for c in t): i for i, t in enumerate(tokens)}
     (folder / "meta").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for t, i in ranks.items()))
     n = len(ranks)
     assert tokenizer.from_tiktoken(folder / "meta", folder) == {"bos_token_id": n, "eos_token_id": [n + 1, n + 8, n + 9]}
@@ -159,9 +160,9 @@ def test_tiktoken_merges_by_rank(llama3):
 
     for seed in range(30):
         text = PROSE + scraps(seed)
-        words = [bytes(tokenizer.BYTE_OF[c] for c in w) for w, _ in split.pre_tokenize_str(text)]
+        words = [bytes(vocabulary.BYTE_OF[c] for c in w) for w, _ in split.pre_tokenize_str(text)]
         assert tok.encode(text).tolist() == [tok.bos_id] + [i for w in words for i in naive(w)]
-    assert [tok.decode([i]) for i in tok.encode("12345", bos=False)][0].isdigit()
+    assert tok.decode(tok.encode("1234", bos=False)[-1:]) == "4", "digits go in groups of three"
     assert tok.encode("", bos=None).tolist() == [tok.bos_id] and tok.encode("", bos=False).tolist() == []
     assert len(tok.run.special) == 256 and tok.vocab_size == len(ranks) + 256
 
@@ -226,11 +227,8 @@ def test_text_cannot_spell_a_special_token(any_tok):
 
 def test_chat_equals_transformers(smollm, llama3):
     auto = pytest.importorskip("transformers").AutoTokenizer
-    talk = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "  Is 12 > 3?\n"},
-        {"role": "assistant", "content": "日本 yes"},
-    ]
+    said = [("system", "Be brief."), ("user", "  Is 12 > 3?\n"), ("assistant", "日本 yes")]
+    talk = [{"role": role, "content": content} for role, content in said]
     for tok in (smollm[0], llama3[0], *([tokenizer.load(SMOL)] if (SMOL / "tokenizer.json").exists() else [])):
         peer = auto.from_pretrained(str(tok.folder))
         assert tok.has_chat and peer.encode(PROSE) == tok.encode(PROSE).tolist()
@@ -279,12 +277,12 @@ def test_special_ids_from_the_small_files(smollm, tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 2, 999999]}')
     tok = tokenizer.load(tmp_path)
     assert (tok.eos_ids, tok.bos_id, tok.vocab_size) == (frozenset({0, 2}), 1, smollm[0].vocab_size)
-    assert tok.fingerprint != smollm[0].fingerprint, "another eos is another stream of tokens"
-    assert tokenizer.load(tmp_path).fingerprint == tok.fingerprint
+    assert tok.fingerprint == smollm[0].fingerprint and tok.eos_id == 2
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings |= {"bos_token": {"content": "<|endoftext|>"}, "add_bos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tok = tokenizer.load(tmp_path)
+    before, tok = tok, tokenizer.load(tmp_path)
+    assert tok.fingerprint != before.fingerprint, "another bos is another stream of tokens"
     assert tok.encode("a")[0] == tok.bos_id == 0 and tok.encode("a", bos=False)[0] != 0
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": None}))
     with pytest.raises(Refused, match="no bos token"):
@@ -311,11 +309,8 @@ def test_refused(tmp_path, files, sentence):
 
 def test_gguf_refused_before_anything_is_written(tmp_path):
     _, metadata = gguf("gpt-2")
-    for key, value, sentence in [
-        ("pre", "klingon", "known are .*llama-bpe"),
-        ("model", "rwkv", "only 'gpt2'"),
-        ("merges", ["q zz"], "own tokenizer"),
-    ]:
+    broken = [("pre", "klingon", "known are .*llama-bpe"), ("model", "rwkv", "only 'gpt2'"), ("merges", ["q zz"], "own tokenizer")]
+    for key, value, sentence in broken:
         with pytest.raises(Refused, match=sentence):
             tokenizer.from_gguf({**metadata, f"tokenizer.ggml.{key}": value}, tmp_path / "out")
     (tmp_path / "model").write_text("IQ== 0\nnonsense\n")
