@@ -283,30 +283,31 @@ def train(a, saved):
     print(f"{out}: {corpus.report()}; validation loss {metrics.series('valid_loss')[-1][1]:.4f} at step {state['step']} of {a.steps}")
 
     leave = listen()
-    bar = tqdm(total=a.steps, initial=state["step"], unit="step", dynamic_ncols=True)
-    for step in range(state["step"] + 1, a.steps + 1):
-        start, lr, batch = time.perf_counter(), lr_at(step, a), batches.next()
-        loss, norm, n = train_step(model, optimizer, batch, a.micro, a.clip, lr)
-        seconds, last = time.perf_counter() - start, step == a.steps
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            texts = ", ".join(sorted({name for row in batch.names for name in row}))
-            raise runs.Stop(f"step {step}: loss {loss}, gradient norm {norm}, on a batch of {texts}{runs.last_good(out)}")
-        state |= {"step": step, "tokens": state["tokens"] + n, "data": batches.state()}
-        metrics.add(step=step, tokens=state["tokens"], loss=loss, lr=lr, grad_norm=norm, tokens_per_second=n / seconds, seconds=seconds)
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}, {n / seconds:.0f} tokens/s, peak {peak_memory() / 2**30:.1f} GB")
-        if last or step % a.eval_every == 0:
-            metrics.add(step=step, valid_loss=evaluate(model, held_out, a))
-            if not math.isfinite(metrics.lines[-1]["valid_loss"]):
-                raise runs.Stop(f"step {step}: the validation loss is not finite any more{runs.last_good(out)}")
-        if last or leave() or step % a.save_every == 0:
-            # the tokenizer's files come from the checkpoint before: the one that was resumed may be gone by now
-            source = runs.save(out, state, a.keep, lambda folder, source=source: write(model, optimizer, folder, source))
-        if leave() and not last:
-            bar.close()
-            print(f"stopped after step {step}, and saved; go on with: python train.py --resume {out}")
-            return 130
-    bar.close()
+    with tqdm(total=a.steps, initial=state["step"], unit="step", dynamic_ncols=True) as bar:
+        for step in range(state["step"] + 1, a.steps + 1):
+            start, lr, batch = time.perf_counter(), lr_at(step, a), batches.next()
+            loss, norm, n = train_step(model, optimizer, batch, a.micro, a.clip, lr)
+            seconds, last = time.perf_counter() - start, step == a.steps
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                texts = ", ".join(sorted({name for row in batch.names for name in row}))
+                raise runs.Stop(f"step {step}: loss {loss}, gradient norm {norm}, on a batch of {texts}{runs.last_good(out)}")
+            state |= {"step": step, "tokens": state["tokens"] + n, "data": batches.state()}
+            metrics.add(step=step, tokens=state["tokens"], loss=loss, lr=lr, grad_norm=norm, tokens_per_second=n / seconds, seconds=seconds)
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}, {n / seconds:.0f} tokens/s, peak {peak_memory() / 2**30:.1f} GB")
+            if last or step % a.eval_every == 0:
+                metrics.add(step=step, valid_loss=evaluate(model, held_out, a))
+                if not math.isfinite(metrics.lines[-1]["valid_loss"]):
+                    raise runs.Stop(f"step {step}: the validation loss is not finite any more{runs.last_good(out)}")
+            stop = leave()
+            if last or stop or step % a.save_every == 0:
+                # the tokenizer's files come from the checkpoint before: the one that was resumed may be gone by now
+                source = runs.save(out, state, a.keep, lambda folder, source=source: write(model, optimizer, folder, source))
+            if stop:
+                break
+    if not last:
+        print(f"stopped after step {step}, and saved; go on with: python train.py --resume {out}")
+        return 130
     metrics.plot()
     (_, before), *_, (_, after) = metrics.series("valid_loss")
     print(f"validation loss {before:.4f} -> {after:.4f} in {a.steps} steps; the checkpoint is {source}")

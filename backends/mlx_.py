@@ -338,7 +338,9 @@ def random_state():
 
 
 def restore_random(state):
-    mx.random.state[0] = state["key"]
+    # a seed's halves are the key
+    high, low = state["key"].tolist()
+    mx.random.seed(high << 32 | low)
 
 
 # generation
