@@ -34,8 +34,8 @@ from errors import Refused
 # Memory: weights, gradients and AdamW's two averages take 16 bytes a parameter at any length. Activations grow with
 # micro * length (of one block with --checkpoint, else of all), logits with micro * length * vocabulary.
 DEFAULTS = {
-    # two cores train a 135M model on about 120 tokens a second: some minutes
-    "cpu": {"length": 2048, "batch": 1, "steps": 24, "warmup": 4, "valid_rows": 2, "checkpoint": False},
+    # two cores train a 135M model on about 80 tokens a second: five to ten minutes
+    "cpu": {"length": 2048, "batch": 1, "steps": 12, "warmup": 2, "valid_rows": 2, "checkpoint": False},
     # MLX's fused attention has no fused backward: scores of one block, growing with length * length, must fit
     "mac": {"length": 4096, "batch": 4, "steps": 100, "warmup": 10, "valid_rows": 8, "checkpoint": True},
     "cuda": {"length": 8192, "batch": 8, "steps": 200, "warmup": 20, "valid_rows": 16, "checkpoint": True},
