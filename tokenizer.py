@@ -94,7 +94,7 @@ class Fast:
         self.table = [b""] * (1 + max(self.run.get_vocab(with_added_tokens=True).values()))
         for token, i in self.run.get_vocab(with_added_tokens=True).items():
             self.table[i] = added[i]["content"].encode() if i in added else self.spell(token)
-        self.strip = not self.byte_level and ('"Strip"' in decoder or '"Metaspace"' in decoder)
+        self.strip = not self.byte_level and ('"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder))
         self.begins = self.run.encode("", add_special_tokens=True).ids[:1]
         self.cut, self.skip = self.safe_cut(spec, added)
         # does a text right after a special token get sentencepiece's space in front, as a text at the beginning does?
@@ -208,8 +208,6 @@ class Tokenizer:
             raise Refused(f"{self.folder}: tokenizer_config.json names {text!r} as {name}, but the vocabulary has no such token")
         return found
 
-    # -- text to ids
-
     def encode(self, text, bos=None, special=False):
         """int32 [N]. bos: begin with the bos id; None does what the model's own tokenizer does. Raises Refused if it has none.
 
@@ -247,13 +245,12 @@ class Tokenizer:
                 ids += self.encode(plain, bos=False).tolist()
             elif plain:
                 # after a special token sentencepiece sees no beginning of a text: let a newline take the space in front
-                ids += self.encode("\n" + plain, bos=False).tolist()[len(self.encode("\n", bos=False)) :]
+                line, both = self.encode("\n", bos=False).tolist(), self.encode("\n" + plain, bos=False).tolist()
+                ids += both[len(line) :] if both[: len(line)] == line else self.encode(plain, bos=False).tolist()
             if found:
                 ids.append(self.special_ids[found[0]])
                 done = found.end()
         return ids
-
-    # -- ids to text
 
     def decode(self, ids, special=False):
         """The text of ids; special tokens are left out unless special=True. Bytes that are no UTF-8 become U+FFFD."""
@@ -263,8 +260,6 @@ class Tokenizer:
     def stream(self, special=False):
         """A Stream: the same text as `decode`, as the ids arrive."""
         return Stream(self, special)
-
-    # -- chat
 
     @property
     def has_chat(self):

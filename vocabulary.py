@@ -147,7 +147,7 @@ def score_merges(tokens, scores, types):
     merges = []
     for token in sorted(score, key=score.get, reverse=True):
         pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in score and token[i:] in score]
-        merges += sorted(pairs, key=lambda p: (score[p[0]], score[p[1]]), reverse=True)
+        merges += map(list, sorted(pairs, key=lambda p: (score[p[0]], score[p[1]]), reverse=True))
     return merges
 
 

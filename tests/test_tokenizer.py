@@ -129,6 +129,8 @@ def test_smollm_encodes_as_trained(smollm):
         assert tok.encode(text).tolist() == peer.encode(text).ids
         peer.encode_special_tokens = False
         assert tok.encode(text, special=True).tolist() == peer.encode(text).ids
+    splits = Backend.from_file(str(tok.folder / "tokenizer.json")).pre_tokenizer.pre_tokenize_str("a 12½")
+    assert [t for t, _ in splits] == ["a", "Ġ", "1", "2", "Â½"]
     digits = tok.encode("a 1234 ½²")
     assert [tok.decode([i]) for i in digits[:6]] == ["a", " ", "1", "2", "3", "4"], "SmolLM2 reads every digit alone, without its space"
 
@@ -162,7 +164,7 @@ def test_tiktoken_merges_by_rank(llama3):
         text = PROSE + scraps(seed)
         words = [bytes(vocabulary.BYTE_OF[c] for c in w) for w, _ in split.pre_tokenize_str(text)]
         assert tok.encode(text).tolist() == [tok.bos_id] + [i for w in words for i in naive(w)]
-    assert tok.decode(tok.encode("1234", bos=False)[-1:]) == "4", "digits go in groups of three"
+    assert [t for t, _ in split.pre_tokenize_str("12345!\n\n a")] == ["123", "45", "!ĊĊ", "Ġa"]
     assert tok.encode("", bos=None).tolist() == [tok.bos_id] and tok.encode("", bos=False).tolist() == []
     assert len(tok.run.special) == 256 and tok.vocab_size == len(ranks) + 256
 
@@ -250,8 +252,40 @@ def test_a_message_cannot_forge_a_turn(which, request):
     body = tok.encode(("user\n" if which == "smollm" else "\n\n") + evil, bos=False).tolist()
     assert any(forged[i : i + len(body)].tolist() == body for i in range(len(forged)))
     # marks smuggled in cannot shield a special token of the template's, nor unmark one of the user's
-    smuggled = tokenizer.OPEN + end + tokenizer.CLOSE + end
-    assert specials(tok.chat([{"role": "user", "content": smuggled}])) == specials(honest)
+    for smuggled in (tokenizer.OPEN + end + tokenizer.CLOSE + end, end + tokenizer.OPEN, tokenizer.CLOSE + end):
+        assert specials(tok.chat([{"role": "user", "content": smuggled}])) == specials(honest)
+
+
+def test_a_template_that_cuts_a_message_up_lets_nothing_through(smollm, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((smollm[0].folder / name).read_text())
+    for cut in ("[1:]", "[:-1]", "[2:-2]"):
+        (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content" + cut + " }}<|im_end|>")
+        assert tokenizer.load(tmp_path).chat([{"content": "<|im_end|>"}]).tolist().count(2) == 1
+
+
+def metaspace(llama2, folder):
+    """The same vocabulary in transformers' newer shape: a space in front of the first text alone, not after special tokens."""
+    spec = json.loads((llama2.folder / "tokenizer.json").read_text())
+    spec["normalizer"] = None
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text((llama2.folder / "tokenizer_config.json").read_text())
+    return tokenizer.load(folder)
+
+
+def test_parse_equals_the_library(smollm, llama2, llama3, pieces, tmp_path):
+    newer = metaspace(llama2, tmp_path)
+    for tok in (smollm[0], llama2, llama3[0], newer):
+        begin, end = list(tok.special_ids)[1:3]
+        for seed in range(30):
+            rng = random.Random(seed)
+            text = "".join(rng.choices(["a", "fox ", " The", "\n", begin, end, "é", "12"], k=20))
+            assert tok.parse(text, tok.specials()) == tok.encode(text, bos=False, special=True).tolist()
+    runtime = tokenizer.load(pieces.parent)
+    ids = runtime.encode("fox</s>fox<s>", special=True).tolist()
+    assert ids == newer.encode("fox</s>fox<s>", special=True).tolist()
+    assert ids[0] == ids[-1] == 1 and runtime.decode(ids[ids.index(2) :], special=True) == "</s>fox<s>"
 
 
 def test_chat_templates_that_object_or_are_absent(smollm, llama2, tmp_path):
@@ -265,7 +299,8 @@ def test_chat_templates_that_object_or_are_absent(smollm, llama2, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
     with pytest.raises(Refused, match="unsafe"):
         tokenizer.load(tmp_path).chat([])
-    (tmp_path / "chat_template.jinja").write_text("{% generation %}{{ {'a': '<é>'} | tojson }}{% endgeneration %}{{ bos_token }}")
+    template = "{% if true %}\n  {% if true %}\n{% generation %}{{ {'a': '<é>'} | tojson }}{% endgeneration %}"
+    (tmp_path / "chat_template.jinja").write_text(template + "{{ bos_token }}{% endif %}{% endif %}")
     tok = tokenizer.load(tmp_path)
     assert tok.decode(tok.chat([]), special=True) == '{"a": "<é>"}<|im_start|>'
 
@@ -320,6 +355,13 @@ def test_gguf_refused_before_anything_is_written(tmp_path):
     with pytest.raises(Refused, match="every single byte"):
         tokenizer.from_tiktoken(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_merges_by_score():
+    """The best score first, every way to make a piece, and no control or byte piece is ever made from text."""
+    tokens, types = ["<s>", "<0x41>", "<", "s>", "<0x41", ">", "ab", "a", "b", "abc", "bc", "c"], [3, 6, *[1] * 10]
+    merges = vocabulary.score_merges(tokens, [0, 0, *range(-1, -11, -1)], types)
+    assert merges == [["a", "b"], ["ab", "c"], ["a", "bc"], ["b", "c"]]
 
 
 def test_llama_bpe_adds_bos_and_several_ends(tmp_path):
