@@ -1,4 +1,4 @@
-"""Fine-tune or pretrain a Llama on long texts: one device, one file, and a run that survives being killed.
+"""Fine-tune or pretrain a Llama on long texts, on one device, in a run that survives being killed.
 
     python train.py --attn longformer                       # a small chat model on long Python files, nothing else needed
     python train.py --model checkpoints/mine --data books/ --length 32k --batch 8
@@ -47,7 +47,8 @@ POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "va
 FREE = {"device", "eval_every", "save_every", "keep", "resume"}
 
 
-# ---------------------------------------------------------------- arguments
+# tokenised texts, used again by every run
+CACHE = Path(os.environ.get("NANOLONG_CACHE", plugins.ROOT / ".cache"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -151,9 +152,6 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-# ---------------------------------------------------------------- model and data
-
-
 def source_of(a):
     """The checkpoint folder that a new run starts from."""
     if a.model:
@@ -202,10 +200,7 @@ def corpora(a, tokenizer):
     """The training corpus and the held-out one."""
     files = data.expand(a.data) if a.data else data.default_corpus()
     train, valid = (files, a.valid) if a.valid else data.split(files)
-    return [data.Corpus.build(paths, tokenizer, plugins.ROOT / ".cache") for paths in (train, valid)]
-
-
-# ---------------------------------------------------------------- one step
+    return [data.Corpus.build(paths, tokenizer, CACHE) for paths in (train, valid)]
 
 
 def nats(model, batch):
@@ -250,9 +245,6 @@ def evaluate(model, corpus, a):
             lost += nats(model, batch).item()
             tokens += int((batch.targets >= 0).sum())
     return lost / max(1, tokens)
-
-
-# ---------------------------------------------------------------- the run
 
 
 def train(a, saved):

@@ -52,6 +52,12 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_cache(world, monkeypatch):
+    monkeypatch.setenv("NANOLONG_CACHE", str(world / "cache"))
+    monkeypatch.setattr(train, "CACHE", world / "cache")
+
+
 def tiny(**changes):
     with ops.shapes_only():
         model = llama.Llama(llama.Config(**{**SHAPE, "num_hidden_layers": 2, "tie_word_embeddings": True, **changes}))
@@ -84,9 +90,6 @@ def uneven(rows=4, length=40):
     begin = np.zeros_like(tokens)
     begin[2, 9:], targets[2, 8] = 9, -1
     return data.Batch(tokens, targets, begin, [[f"{i}.txt"] for i in range(rows)])
-
-
-# ---------------------------------------------------------------- one step
 
 
 def test_the_loss_is_per_token_of_the_whole_step_however_the_rows_are_split():
@@ -203,9 +206,6 @@ def test_bfloat16_activations_train_float32_weights(world, tmp_path):
     assert any((ops.numpy(x).view("uint32") & 0xFFFF).any() for n, x in saved.items() if "embed" in n)
 
 
-# ---------------------------------------------------------------- a run
-
-
 def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main(args(world, out, steps=60, **{"save-every": 10, "eval-every": 25}, attn="longformer:window=16", keep=2)) == 0
@@ -227,6 +227,25 @@ def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path, capsys):
     a = train.SimpleNamespace(micro=1, length=48, valid_rows=2)
     held = data.Corpus.build([world / "held"], tokenizer, tmp_path / "c")
     assert abs(train.evaluate(model, held, a) - valid[-1][2]) < 1e-5
+
+
+def test_the_bare_command(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train.DEFAULTS["cpu"], "length", 512)
+    monkeypatch.setitem(sys.modules, "convert", train.SimpleNamespace(default_model=lambda: world / "model"))
+    monkeypatch.setattr(data, "default_corpus", lambda: sorted((world / "texts").iterdir()))
+    monkeypatch.setattr(
+        train, "evaluate", lambda model, corpus, a, real=train.evaluate: held.append(corpus.names) or real(model, corpus, a)
+    )
+    held = []
+    assert train.main(["--attn", "longformer"]) == 0
+    (out,) = (tmp_path / "out").iterdir()
+    valid = metrics(out, "valid_loss")
+    assert out.name == "model-longformer" and valid[-1][2] < valid[0][2]
+    assert llama.read_config(runs.checkpoints(out)[-1]).attn == "longformer"
+    # what is held out is not trained on
+    corpus = data.Corpus.build(data.split(data.default_corpus())[0], llama.tokenizers.load(world / "model"), world / "cache")
+    assert held[0] and not set(held[0]) & set(corpus.names) and len(held[0]) + len(corpus) == 5
 
 
 def test_transformers_opens_a_checkpoint(world, tmp_path):
@@ -357,9 +376,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(world, tmp_path, monkeypat
     monkeypatch.setattr(ops, "write_safetensors", real)
     assert train.main(["--resume", str(out)]) == 0 and train.main(args(world, tmp_path / "whole")) == 0
     assert metrics(out, "loss") == metrics(tmp_path / "whole", "loss")
-
-
-# ---------------------------------------------------------------- no
 
 
 def refusal(argv, monkeypatch, capsys):
