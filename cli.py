@@ -3,9 +3,20 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 import plugins
 from errors import Refused
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, saying no as the rest of nanolong does."""
+
+    def __init__(self, **kw):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
+
+    def error(self, message):
+        raise Refused(f"{message} (--help lists the flags)")
 
 
 def whole(text):
@@ -28,25 +39,28 @@ def add_model_flags(parser):
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the activations (default: bfloat16 on a GPU, float32 on a CPU)")
 
 
-def settle(args):
-    """Refuse a wrong spelling before anything loads, and choose the backend before anything imports it."""
-    if args.backend:
-        os.environ["NANOLONG_BACKEND"] = args.backend
-    for folder, flag in plugins.FOLDERS.items():
-        spec = getattr(args, flag.lstrip("-"))
-        for part in (spec or "").split("/"):
-            if spec is not None:
-                plugins.parse(folder, part)
+def use_backend(name):
+    """Choose the backend (None: the environment, or the best there is) before anything imports it; returns ops."""
+    if name:
+        os.environ["NANOLONG_BACKEND"] = name
     import ops
 
-    if args.backend and args.backend != ops.BACKEND:
-        raise Refused(f"--backend {args.backend} comes too late: {ops.BACKEND} is in use already")
+    if name and name != ops.BACKEND:
+        raise Refused(f"--backend {name} comes too late: {ops.BACKEND} is in use already")
     return ops
 
 
+def check_spelling(attn=None, pos=None, memory=None, adapter=None):
+    """Refuse a wrong spelling of a mechanism before anything loads."""
+    for folder, spec in zip(plugins.FOLDERS, (attn, pos, memory, adapter)):
+        for part in spec.split("/") if spec is not None else ():
+            plugins.parse(folder, part)
+
+
 def model_folder(args):
+    """The checkpoint folder that --model names; without it the default model, fetched on first use."""
     if args.model:
-        return args.model
+        return Path(args.model)
     from convert import default_model
 
     return default_model()

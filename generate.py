@@ -7,7 +7,6 @@ python generate.py --chat --prompt-file book.txt --prompt "Who is the narrator?"
 cat notes.md | python generate.py --tokens 500 --memory sinks         # memory stays flat however long it writes
 """
 
-import argparse
 import sys
 import time
 
@@ -72,19 +71,20 @@ class Session:
 
     def captured(self):
         """The one-token step, as a static graph over the state where there is a GPU."""
-        decoder, ops = self.model.model, self.ops
+        model, ops = self.model, self.ops
         if not self.graph:
-            return ops.eager(lambda x, state, close: self.model(x, state, close=close), self.state)
+            return ops.eager(lambda x, state, close: model(x, state, close=close), self.state)
         fast = ops.fast_call()
 
         def step(x, state, close):
-            plain, decoder.run = decoder.run, fast
+            plain = model.run, model.model.run
+            model.run = model.model.run = fast
             try:
-                return self.model(x, state, close=close)
+                return model(x, state, close=close)
             finally:
-                decoder.run = plain
+                model.run, model.model.run = plain
 
-        return ops.static(step, self.model.still(self.state), (False,) if all(self.endless) else (False, True))
+        return ops.static(step, model.still(self.state), (False,) if all(self.endless) else (False, True))
 
     def nbytes(self):
         """Bytes of everything that is remembered."""
@@ -242,7 +242,7 @@ def prompt(args):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     cli.add_model_flags(parser)
     add = parser.add_argument_group("text").add_argument
     add("--prompt", help="the text to go on with, or the message of --chat; after the file's text if both are given")
@@ -280,7 +280,8 @@ def arguments():
 def run():
     args = arguments()
     text = prompt(args)
-    cli.settle(args)
+    cli.use_backend(args.backend)
+    cli.check_spelling(args.attn, args.pos, args.memory, args.adapter)
     model, tokenizer = cli.load(args)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     session = Session(model, args.chunk, args.segment, not args.no_graph)

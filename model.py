@@ -220,7 +220,7 @@ class Decoder(Module):
         # one instance for all layers that feel distance alike
         self.positions = ModuleList([build(next(p for p in schemes if (p.name, p.options) == d), "Position", c) for d in distinct])
         self.feels = tuple(distinct.index((p.name, p.options)) for p in schemes)
-        self.run = ops.call  # how a part is called: compiled, or recomputed in the backward pass (ops.fast_call, ops.checkpoint)
+        self.run = ops.call  # how a block is called: compiled, or recomputed in the backward pass (ops.fast_call, ops.checkpoint)
 
     def forward(self, x, at, begin, close, states):
         """x [B, T, C] -> [B, T, C] and the layers' new states."""
@@ -240,6 +240,7 @@ class Llama(Module):
         if not c.tie_word_embeddings:
             self.lm_head = ops.Linear(c.hidden_size, c.vocab_size)
         self.dtype = None  # of the activations; None: the embedding's
+        self.run = ops.call  # how the head is called
 
     def head(self, x):
         """[..., C] -> logits [..., V] in float32."""
@@ -267,7 +268,7 @@ class Llama(Module):
         x = self.model.embed_tokens(ops.where(tokens < 0, 0, tokens) if padded else tokens)
         x = x if self.dtype is None else ops.cast(x, self.dtype)
         x, layers = self.model(x, at, None if begin is None else begin[:, None], close and not alone, state["layers"])
-        logits = self.model.run(self.head, x if last is None else x[:, -last:])
+        logits = self.run(self.head, x if last is None else x[:, -last:])
         return logits if alone else (logits, {"next": state["next"] + count, "layers": layers})
 
     def number(self, tokens, start, padded):

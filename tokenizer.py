@@ -38,9 +38,6 @@ FILES = (
     "generation_config.json",
 )
 
-# what a checkpoint takes over from its source: the vocabulary, and the small files that name its special tokens
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-FILES += ("generation_config.json",)
 PIECE = 1 << 16  # characters encoded at a time
 # Unicode noncharacters: no text has a use for them, so they can mark what the user wrote inside a rendered chat
 OPEN, CLOSE = "\ufdd0", "\ufdd1"

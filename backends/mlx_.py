@@ -281,6 +281,21 @@ def value_and_grad(model, f):
     return out, dict(tree_flatten(grads))
 
 
+def accumulate(model, f, grads):
+    """As value_and_grad, the gradients added to grads ({} at first; used up). There is never a second whole copy of them."""
+    out, new = value_and_grad(model, f)
+    # popped, so that nobody else holds them and the sums are written into their memory
+    new = {n: grads.pop(n) + new.pop(n) if n in grads else new.pop(n) for n in list(new)}
+    # now, or the graphs of all micro-batches with their activations would wait for the end
+    mx.eval(out, new)
+    return out, new
+
+
+def scaled(arrays, factor):
+    """The arrays (used up) times a number."""
+    return {n: arrays.pop(n) * factor for n in list(arrays)}
+
+
 def global_norm(arrays):
     return mx.sqrt(sum(g.astype(float32).square().sum() for g in arrays.values()))
 
@@ -326,7 +341,9 @@ def random_state():
 
 
 def restore_random(state):
-    mx.random.state[0] = state["key"]
+    # a seed's halves are the key
+    high, low = state["key"].tolist()
+    mx.random.seed(high << 32 | low)
 
 
 # generation

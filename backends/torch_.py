@@ -296,6 +296,24 @@ def value_and_grad(model, f):
     return (tuple(o.detach() for o in out) if isinstance(out, tuple) else out.detach()), dict(zip(names, grads))
 
 
+def accumulate(model, f, grads):
+    """As value_and_grad, the gradients added to grads ({} at first; used up). There is never a second whole copy of them."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, p in named.items():
+        p.grad = grads.pop(name, None)
+    out = f()
+    (out[0] if isinstance(out, tuple) else out).backward(inputs=list(named.values()))
+    for name, p in named.items():
+        grads[name], p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
+    return (tuple(o.detach() for o in out) if isinstance(out, tuple) else out.detach()), grads
+
+
+def scaled(arrays, factor):
+    """The arrays (used up) times a number."""
+    torch._foreach_mul_(list(arrays.values()), factor)
+    return arrays
+
+
 def global_norm(arrays):
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in arrays.values()]))
 

@@ -25,22 +25,23 @@ class Places(NamedTuple):
     first: int | None = None
 
 
-def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, scale=None):
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None):
     """Attention of queries at positions over keys at positions, under a rule.
 
     q [B, H, T, D]; k, v [B, K, N, D] with K dividing H; q_at, k_at Places of T and N; rule a Plugin of attention/.
     begin [B, 1, T]: first position of each query's own document; None: 0. No query sees a key before it, and the rule is
     read in the document's own coordinates, so a packed document attends as it would alone.
     always: that many leading keys are exempt from the rule (not from causality, documents or emptiness).
+    opening: so are the first so many tokens of each document.
     scale: multiplies the logits; None: D ** -0.5.
     Returns [B, H, T, D]. A query that may see nothing gives zeros, except padding (position -1), whose rows are undefined.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if ENGINE == "dense":
-        return dense.attend(q, k, v, q_at, k_at, rule, begin, always, scale)
+        return dense.attend(q, k, v, q_at, k_at, rule, begin, always, opening, scale)
     if ENGINE == "auto" and causal(q_at, k_at, q.shape[2], k.shape[2], rule, begin):
         return ops.sdpa(q, k, v, "causal" if q.shape[2] > 1 else None, scale)
-    return ops.sdpa(q, k, v, dense.visible(q_at, k_at, rule, begin, always, q.shape[1]), scale)
+    return ops.sdpa(q, k, v, dense.visible(q_at, k_at, rule, begin, always, opening, q.shape[1]), scale)
 
 
 def causal(q_at, k_at, T, N, rule, begin):

@@ -3,7 +3,7 @@
 import ops
 
 
-def visible(q_at, k_at, rule, begin, always, heads):
+def visible(q_at, k_at, rule, begin, always, opening, heads):
     """May query t see key n? bool [B, 1 or H, T, N]. One comparison covers empty slots, padding and documents: an empty
     slot stands at -1, and no query's document begins below 0. Padding queries see everything, so no softmax is empty."""
     q, k = q_at.at[..., None], k_at.at[..., None, :]  # [B, 1, T, 1], [B, 1 or K, 1, N]
@@ -14,13 +14,15 @@ def visible(q_at, k_at, rule, begin, always, heads):
     see = rule.module.allowed(q - b, k - b, h, rule.options)
     if always:
         see = see | (ops.arange(k.shape[-1], k) < always)
+    if opening:
+        see = see | (k - b < opening)
     return (see & (k <= q) & (k >= b)) | (q < 0)
 
 
-def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, scale=None):
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None):
     """See kernels.attend. Queries that may see nothing give zeros."""
     H, D = q.shape[1], q.shape[3]
-    see = visible(q_at, k_at, rule, begin, always, H)
+    see = visible(q_at, k_at, rule, begin, always, opening, H)
     k, v = (ops.cast(ops.repeat(x, H // k.shape[1], 1), ops.float32) for x in (k, v))
     s = ops.cast(q, ops.float32) @ ops.swap(k, 2, 3) * (D**-0.5 if scale is None else scale)
     p = ops.softmax(ops.where(see, s, -1e30), -1) * ops.cast(see, ops.float32)

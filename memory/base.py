@@ -18,7 +18,8 @@ class Memory(Module):
     """The policy of one layer. c: Config; o: the policy's Options. A file usually overrides `size` and `rank`, or pack/unpack."""
 
     size = None  # slots that survive a close; None: all of them
-    always = 0  # that many leading slots are exempt from the attention pattern
+    always = 0  # that many leading slots are exempt from the attention pattern,
+    opening = 0  # and so are the first so many tokens of each document
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds
 
@@ -70,7 +71,7 @@ class Memory(Module):
         k, v = self.unpack(attn, used)
         slots = Places(used["pos"], used["first"])
         scale = seg.position.temperature * q.shape[-1] ** -0.5
-        return attend(seg.turned(q), k, v, seg.at, slots, attn.rule, seg.begin, self.always, scale), s
+        return attend(seg.turned(q), k, v, seg.at, slots, attn.rule, seg.begin, self.always, self.opening, scale), s
 
     def close(self, attn, seg, s):
         """The segment ends: what is over the size is forgotten, and there is room for the next segment behind what stays."""

@@ -25,7 +25,7 @@ class Memory(Base):
 
     def __init__(self, c, o):
         super().__init__(c, o)
-        self.size, self.always = o.budget, o.sinks
+        self.size, self.always, self.opening = o.budget, o.sinks, o.sinks
 
     def pack(self, attn, x, seg):
         # born: where the token really stood; pos: where it is felt to stand

@@ -145,10 +145,7 @@ def test_padded_rows_without_memory(attn, pos):
 
 @every("memory", MEMORY)
 @every("attn", ATTN)
-def test_a_packed_document_equals_the_document_alone(attn, memory, request):
-    if exempts(attn, memory) and name(attn) != "longformer":
-        why = "slots are exempt by their index, and a document that begins in mid-segment does not begin at slot 0"
-        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
+def test_a_packed_document_equals_the_document_alone(attn, memory):
     model, tokens, begin = tiny(attn, memory=memory), text(T), documents(T)
     packed, packed_in_segments = run(model, tokens, begin=begin), run(model, tokens, SEGMENTS, begin)
     for a, b in zip(DOCUMENTS, [*DOCUMENTS[1:], T]):

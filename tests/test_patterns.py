@@ -49,7 +49,7 @@ def test_numpy_and_the_mask_agree(name, start):
     assert not (wide & (k > q[:, None])).any(), "a rule may not look ahead"
     assert wide[:, q[:, None] == k].all(), "a token must see itself, or rows of nothing appear"
     q_at, k_at = places([*q, -1]), places([*k, -1])
-    mask = ops.numpy(dense.visible(q_at, k_at, plugins.parse("attention", spec), None, 0, 4))
+    mask = ops.numpy(dense.visible(q_at, k_at, plugins.parse("attention", spec), None, 0, 0, 4))
     np.testing.assert_array_equal(np.broadcast_to(mask, (1, 4, 18, 46))[0, :, :17, :45], wide)
     assert not mask[..., :17, 45].any() and mask[..., 17, :].all()
 
@@ -62,11 +62,11 @@ def test_documents_empty_slots_and_exempt_slots(name):
     draw = np.random.default_rng(1)
     q, k = np.arange(20, 32, dtype="int32"), np.where(draw.random((2, 2, 40)) < 0.2, -1, draw.integers(0, 34, (2, 2, 40))).astype("int32")
     begin = np.where(q < 25, 3, 25).astype("int32")
-    see = ops.numpy(dense.visible(places(q), Places(ops.array(k)), rule, ops.array(begin[None, None]), 3, 4))
+    see = ops.numpy(dense.visible(places(q), Places(ops.array(k)), rule, ops.array(begin[None, None]), 3, 2, 4))
     see = np.broadcast_to(see, (2, 4, 12, 40))
     for b, h, i, j in np.ndindex(see.shape):
         at, first, key = int(q[i]), int(begin[i]), int(k[b, h // 2, j])
-        allowed = j < 3 or rule.module.allowed(at - first, key - first, h, rule.options)
+        allowed = j < 3 or key - first < 2 or rule.module.allowed(at - first, key - first, h, rule.options)
         assert see[b, h, i, j] == bool(first <= key <= at and allowed), (b, h, i, j)
 
 

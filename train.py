@@ -1,0 +1,351 @@
+"""Fine-tune or pretrain a Llama on long texts, on one device, in a run that survives being killed.
+
+    python train.py --attn longformer                       # a small chat model on long Python files, nothing else needed
+    python train.py --model checkpoints/mine --data books/ --length 32k --batch 8
+    python train.py --init config.json --data books/        # random weights of this config; the tokenizer is --model's
+    python train.py --resume out/SmolLM2-135M-Instruct-longformer
+
+Losses are in nats a token: summed over the target tokens of a whole step, divided by their number, however the rows are split.
+Weights, gradients and AdamW's averages are float32, activations bfloat16 on a GPU. What a run leaves behind: see rundir.py.
+"""
+
+import argparse
+import errno
+import json
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from tqdm import tqdm
+
+import cli
+import data
+import errors
+import plugins
+import rundir
+from errors import Refused
+
+# Memory: weights, gradients and AdamW's two averages take 16 bytes a parameter at any length. Activations grow with
+# micro * length (of one block with --checkpoint, else of all), logits with micro * length * vocabulary.
+DEFAULTS = {
+    # two cores train a 135M model on about 80 tokens a second: five to ten minutes
+    "cpu": {"length": 2048, "batch": 1, "steps": 12, "warmup": 2, "valid_rows": 2, "checkpoint": False},
+    # MLX's fused attention has no fused backward: scores of one block, growing with length * length, must fit
+    "mac": {"length": 4096, "batch": 4, "steps": 100, "warmup": 10, "valid_rows": 8, "checkpoint": True},
+    "cuda": {"length": 8192, "batch": 8, "steps": 200, "warmup": 20, "valid_rows": 16, "checkpoint": True},
+}
+COMMON = {"micro": 1, "lr": 1e-4, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "adapter": "full", "keep": 2}
+UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "device", "dtype", "min_lr", "eval_every", "save_every", "out")
+POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep")
+# what a resumed run may change: nothing that moves its losses
+FREE = {"device", "eval_every", "save_every", "keep", "resume"}
+
+
+# tokenised texts, used again by every run
+CACHE = Path(os.environ.get("NANOLONG_CACHE", plugins.ROOT / ".cache"))
+
+
+def parse(argv=None):
+    """The flags that were given, and only those, as a dict; paths absolute, so that a run can be resumed from anywhere."""
+    table = "\n".join(f"  {name:5}" + "  ".join(f"{k} {v}" for k, v in d.items()) for name, d in {**DEFAULTS, "all": COMMON}.items())
+    about = f"{__doc__}\ndefaults by device (mac: MLX, or torch on mps):\n{table}"
+    p = cli.Parser(prog="train.py", description=about, argument_default=argparse.SUPPRESS)
+    cli.add_model_flags(p)
+    p.add_argument("--init", metavar="CONFIG.json", help="start from random weights of this config; the tokenizer is --model's")
+    p.add_argument("--data", nargs="+", metavar="PATH", help="files, folders, globs, .jsonl (default: Python's own library)")
+    p.add_argument("--valid", nargs="+", metavar="PATH", help="held-out texts (default: a twentieth of the data's files)")
+    p.add_argument("--length", type=cli.whole, help="tokens a row; 4k is 4096")
+    p.add_argument("--batch", type=cli.whole, help="rows a step")
+    p.add_argument("--micro", type=cli.whole, help="rows at a time: less memory, the same result")
+    p.add_argument("--steps", type=cli.whole)
+    p.add_argument("--lr", type=float, help="at its highest, after the warm-up")
+    p.add_argument("--warmup", type=cli.whole, help="steps of rising lr; a cosine follows")
+    p.add_argument("--min-lr", type=float, help="at the last step (default: a tenth of --lr)")
+    p.add_argument("--weight-decay", type=float)
+    p.add_argument("--clip", type=float, help="largest norm of a step's gradient")
+    p.add_argument("--seed", type=int)
+    p.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, a third slower")
+    p.add_argument("--eval-every", type=cli.whole, metavar="STEPS", help="default: a quarter of --steps")
+    p.add_argument("--valid-rows", type=cli.whole, metavar="ROWS", help="held-out rows that a validation reads, always the same ones")
+    p.add_argument("--save-every", type=cli.whole, metavar="STEPS", help="default: --eval-every")
+    p.add_argument("--keep", type=cli.whole, help="newest checkpoints that stay")
+    p.add_argument("--out", help="default: out/MODEL-MECHANISMS, numbered if it is there")
+    p.add_argument("--resume", metavar="OUT", help="go on from a run's newest checkpoint, with the arguments that it began with")
+    given = vars(p.parse_args(argv))
+    given |= {k: os.path.abspath(given[k]) for k in ("model", "init", "out") if k in given}
+    return given | {k: [os.path.abspath(path) for path in given[k]] for k in ("data", "valid") if k in given}
+
+
+def use_backend(name):
+    """Import what stands on a framework; not at the top of the file, because the backend must be chosen before."""
+    global llama, ops
+    ops = cli.use_backend(name)
+    import model as llama
+
+
+def settle(given):
+    """All arguments of a new run: those given and the defaults. Raises Refused for what cannot be trained so."""
+    kind = ops.use(given.get("device"))
+    a = dict.fromkeys(UNSET) | COMMON | DEFAULTS[kind if kind == "cpu" else "cuda" if "cuda" in kind else "mac"]
+    a["warmup"] = min(a["warmup"], given.get("steps", a["steps"]))
+    a |= given | {"backend": ops.BACKEND}
+    a["min_lr"] = a["lr"] / 10 if a["min_lr"] is None else a["min_lr"]
+    a["eval_every"] = a["eval_every"] or max(1, a["steps"] // 4)
+    a["save_every"] = a["save_every"] or a["eval_every"]
+    for k in POSITIVE:
+        if not 0 < a[k] < math.inf:
+            raise Refused(f"{flag(k)} {a[k]} is not possible: it must be above 0")
+    for k, top in (("warmup", a["steps"]), ("min_lr", a["lr"]), ("weight_decay", 1 / a["lr"])):
+        if not 0 <= a[k] <= top:
+            raise Refused(f"{flag(k)} {a[k]} is not possible: it must be from 0 to {top:g}")
+    if a["batch"] % a["micro"]:
+        raise Refused(f"--batch {a['batch']} is no multiple of --micro {a['micro']}: choose a --micro that divides it")
+    if a["dtype"] == "float16":
+        raise Refused("--dtype float16 would lose small gradients: train in bfloat16 or float32")
+    cli.check_spelling(*(a[k] for k in ("attn", "pos", "memory", "adapter")))
+    data.expand((a["data"] or []) + (a["valid"] or []))
+    if a["init"] and not os.path.isfile(a["init"]):
+        raise Refused(f"--init {a['init']} is not there: it takes a config.json")
+    if a["out"] and os.path.exists(a["out"]) and (not os.path.isdir(a["out"]) or os.listdir(a["out"])):
+        raise Refused(f"--out {a['out']} exists and is not empty: choose another, or go on with it: --resume {a['out']}")
+    return SimpleNamespace(**a)
+
+
+def settle_again(given, saved):
+    """All arguments of a run that goes on: those that it began with. Raises Refused for one that would change its losses."""
+    a = saved["arguments"]
+    for k in given.keys() - FREE:
+        if given[k] != a[k]:
+            why = f"would change the run, which began with {a[k]}"
+            raise Refused(f"{flag(k)} {given[k]} {why}: leave it out, or start a new run from the checkpoint with --model")
+    if saved["step"] >= a["steps"]:
+        raise Refused(f"the run in {saved['out']} is complete: train further with --model {saved['folder']}")
+    return SimpleNamespace(**{**a, **given})
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def config_of(a, source):
+    """The Config to train. The mechanisms are put together here, without weights, so that what does not fit is refused early."""
+    config = llama.read_config(source)
+    if a.init:
+        try:
+            config = llama.Config.from_hf({"vocab_size": config.vocab_size, **json.loads(Path(a.init).read_text())})
+        except (json.JSONDecodeError, TypeError, KeyError) as no:
+            raise Refused(f"--init {a.init} is no config.json: {no}") from None
+    config = llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "pos", "memory") if getattr(a, k)})
+    with ops.shapes_only():
+        llama.Llama(config)
+    return config
+
+
+def build(a, config, source, fresh):
+    """(model, tokenizer), ready to train: what trains in float32, what is frozen in the dtype of the activations."""
+    adapter = plugins.parse("adapters", a.adapter)
+    if fresh and a.init:
+        with ops.shapes_only():
+            model = llama.Llama(config)
+        model, tokenizer = model.init(a.seed), llama.tokenizers.load(source)
+        adapter.module.apply(model, adapter.options)
+    else:
+        model, tokenizer = llama.load(source, a.attn, a.pos, a.memory, a.adapter, "float32", a.device)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise Refused(f"the tokenizer has {tokenizer.vocab_size} tokens, but the config's vocab_size is {config.vocab_size}")
+    model.dtype, model.model.run = llama.as_dtype(a.dtype), ops.checkpoint if a.checkpoint else ops.call
+    frozen = {n: p for n, p in ops.parameters(model).items() if not adapter.module.trains(n, adapter.options)}
+    ops.set_parameters(model, {n: ops.cast(p, model.dtype) for n, p in frozen.items()})
+    ops.freeze(model, set(frozen))
+    # read now: a checkpoint that is read lazily may be pruned before its first use
+    ops.wait(ops.parameters(model))
+    return model, tokenizer
+
+
+def corpora(a, tokenizer):
+    """The training corpus and the held-out one."""
+    files = data.expand(a.data) if a.data else data.default_corpus()
+    train, valid = (files, a.valid) if a.valid else data.split(files)
+    return [data.Corpus.build(paths, tokenizer, CACHE) for paths in (train, valid)]
+
+
+def nats(model, batch):
+    """The summed loss of a batch's target tokens, in nats."""
+    # where no document begins in mid-row attention is plainly causal, which is faster
+    begin = ops.array(batch.begin) if batch.begin.any() else None
+    # padding stands in documents of its own: any token will do
+    logits = model(ops.array(np.maximum(batch.tokens, 0)), begin=begin)
+    return ops.cross_entropy(logits, ops.array(batch.targets)).sum()
+
+
+def train_step(model, optimizer, batch, micro, clip, lr):
+    """One step over the rows of a batch, `micro` at a time. Returns (loss in nats a token, gradient norm before clipping, target
+    tokens). Where loss or norm is not finite nothing has changed."""
+    # of the whole step: a mean of means would weigh a token by how its part was filled
+    total = max(1, int((batch.targets >= 0).sum()))
+    losses, grads = [], {}
+    for i in range(0, len(batch.tokens), micro):
+        part = data.Batch(*(x[i : i + micro] for x in batch))
+        loss, grads = ops.accumulate(model, lambda part=part: nats(model, part) / total, grads)
+        losses.append(loss)
+    norm, loss = ops.global_norm(grads).item(), sum(x.item() for x in losses)
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step(ops.scaled(grads, clip / norm) if norm > clip else grads, lr)
+    return loss, norm, total
+
+
+def lr_at(step, a):
+    """Linear from 0 to lr over the warm-up, then a cosine that reaches min_lr at the last step. Steps count from 1."""
+    if step <= a.warmup:
+        return a.lr * step / a.warmup
+    done = (step - a.warmup) / (a.steps - a.warmup)
+    return a.min_lr + (a.lr - a.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def evaluate(model, corpus, a):
+    """Loss in nats a token over the first rows of the held-out corpus."""
+    lost, tokens = 0.0, 0
+    with ops.no_grad():
+        rows = data.Batches(corpus, a.micro, a.length, shuffle=False).one_epoch(a.valid_rows)
+        for batch in tqdm(rows, "validation", -(-a.valid_rows // a.micro), leave=False, dynamic_ncols=True):
+            lost += nats(model, batch).item()
+            tokens += int((batch.targets >= 0).sum())
+    return lost / max(1, tokens)
+
+
+def train(a, saved):
+    """A new run, or the rest of one. Returns the exit code."""
+    fresh = not (saved and saved["folder"])
+    source = cli.model_folder(a) if fresh else saved["folder"]
+    config = config_of(a, source)
+    remarks(a, config)
+    ops.seed(a.seed)
+    model, tokenizer = build(a, config, source, fresh)
+    corpus, held_out = corpora(a, tokenizer)
+    batches = data.Batches(corpus, a.batch, a.length, a.seed)
+    optimizer = ops.AdamW(model, (0.9, 0.95), 1e-8, a.weight_decay)
+    state = {"step": 0, "tokens": 0} if fresh else {k: saved[k] for k in ("step", "tokens")}
+    state |= {"tokenizer": tokenizer.fingerprint, "arguments": vars(a)}
+    if not fresh:
+        if saved["tokenizer"] != tokenizer.fingerprint:
+            raise Refused(f"the tokenizer in {source} is not the one that the run began with: put its files back")
+        restore(optimizer, source / "optimizer.safetensors")
+        batches.restore(saved["data"])
+    out = saved["out"] if saved else new_out(a, source)
+    rundir.tidy(out)
+    if not saved:
+        rundir.replace(out / "trainer.json", json.dumps(state, indent=2) + "\n")
+    metrics = rundir.Metrics(out, state["step"])
+    if not metrics.series("valid_loss"):
+        metrics.add(step=0, valid_loss=evaluate(model, held_out, a))
+    print(f"{out}: {corpus.report()}; validation loss {metrics.series('valid_loss')[-1][1]:.4f} at step {state['step']} of {a.steps}")
+
+    leave = listen()
+    with tqdm(total=a.steps, initial=state["step"], unit="step", dynamic_ncols=True) as bar:
+        for step in range(state["step"] + 1, a.steps + 1):
+            start, lr, batch = time.perf_counter(), lr_at(step, a), batches.next()
+            loss, norm, n = train_step(model, optimizer, batch, a.micro, a.clip, lr)
+            seconds, last = time.perf_counter() - start, step == a.steps
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                texts = ", ".join(sorted({name for row in batch.names for name in row}))
+                raise rundir.Stop(f"step {step}: loss {loss}, gradient norm {norm}, on a batch of {texts}{rundir.last_good(out)}")
+            state |= {"step": step, "tokens": state["tokens"] + n, "data": batches.state()}
+            metrics.add(step=step, tokens=state["tokens"], loss=loss, lr=lr, grad_norm=norm, tokens_per_second=n / seconds, seconds=seconds)
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}, {n / seconds:.0f} tokens/s, peak {peak_memory() / 2**30:.1f} GB")
+            if last or step % a.eval_every == 0:
+                metrics.add(step=step, valid_loss=evaluate(model, held_out, a))
+                if not math.isfinite(metrics.lines[-1]["valid_loss"]):
+                    raise rundir.Stop(f"step {step}: the validation loss is not finite any more{rundir.last_good(out)}")
+            stop = leave()
+            if last or stop or step % a.save_every == 0:
+                # the tokenizer's files come from the checkpoint before: the one that was resumed may be gone by now
+                source = rundir.save(out, state, a.keep, lambda folder, source=source: write(model, optimizer, folder, source))
+            if stop:
+                break
+    if not last:
+        print(f"stopped after step {step}, and saved; go on with: python train.py --resume {out}")
+        return 130
+    metrics.plot()
+    (_, before), *_, (_, after) = metrics.series("valid_loss")
+    print(f"validation loss {before:.4f} -> {after:.4f} in {a.steps} steps; the checkpoint is {source}")
+    print(f"use it: python generate.py --model {source}")
+    return 0
+
+
+def write(model, optimizer, folder, source):
+    llama.write(model, folder, source)
+    random = {f"random.{k}": x for k, x in ops.random_state().items()}
+    ops.write_safetensors(folder / "optimizer.safetensors", {**optimizer.state(), **random})
+
+
+def restore(optimizer, path):
+    arrays = llama.read(path)
+    ops.wait(arrays)
+    optimizer.restore(arrays)
+    ops.restore_random({k.removeprefix("random."): x for k, x in arrays.items() if k.startswith("random.")})
+
+
+def new_out(a, source):
+    """The folder of a new run: --out, or a name that says what the run is and that is not taken."""
+    adapter = a.adapter if a.adapter != "full" else None
+    what = [Path(a.init).stem if a.init else source.name, a.attn, a.pos, a.memory, adapter]
+    name = re.sub(r"[^\w.]+", "-", "-".join(filter(None, what)))
+    names = (Path("out") / (f"{name}-{n}" if n > 1 else name) for n in range(1, 1 << 20))
+    out = Path(a.out) if a.out else next(p for p in names if not p.exists())
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def remarks(a, config):
+    """What is allowed and yet may surprise."""
+    if a.length > config.max_position_embeddings:
+        made = f"the model was made for {config.max_position_embeddings} tokens"
+        print(f"note: --length is {a.length} and {made}: a stretched --pos (pi:factor=2) may train better", file=sys.stderr)
+    if config.memory != "full":
+        print("note: training reads whole rows; --memory is noted in the checkpoint, for generation", file=sys.stderr)
+
+
+def listen():
+    """From now on Ctrl-C asks to leave after the step, and a second one leaves at once. Returns the question: was it asked?"""
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("finishing the step, then saving; Ctrl-C again leaves at once", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, ask)
+    return lambda: bool(asked)
+
+
+def peak_memory():
+    """Bytes at the peak so far: the device's, or this process's where the device does not count."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return ops.peak_memory() or resident * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(argv=None):
+    given = parse(argv)
+    saved = rundir.find(given["resume"]) if "resume" in given else None
+    use_backend(given.get("backend") or (saved and saved["arguments"]["backend"]))
+    try:
+        return train(settle_again(given, saved) if saved else settle(given), saved)
+    except rundir.Stop as why:
+        print(f"train.py: {why}", file=sys.stderr)
+    except OSError as why:
+        if why.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"train.py: the disk is full ({why}): free some space, then go on with --resume", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    errors.main(main)
