@@ -63,7 +63,7 @@ class Session:
             raise Refused("the session has no room for another token: read() with a larger room, or use a bounded memory")
         self.room -= 1
         self.since += 1
-        close = self.since >= self.segment
+        close = self.since >= self.segment and not all(self.endless)
         self.since = 0 if close else self.since
         self.tokens.append(token)
         self.run = self.run or self.captured()

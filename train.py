@@ -257,9 +257,10 @@ def train(a, saved):
                 texts = ", ".join(sorted({name for row in batch.names for name in row}))
                 raise rundir.Stop(f"step {step}: loss {loss}, gradient norm {norm}, on a batch of {texts}{rundir.last_good(out)}")
             state |= {"step": step, "tokens": state["tokens"] + n, "data": batches.state()}
-            metrics.add(step=step, tokens=state["tokens"], loss=loss, lr=lr, grad_norm=norm, tokens_per_second=n / seconds, seconds=seconds)
+            speed, peak = {"tokens_per_second": n / seconds, "seconds": seconds}, peak_memory()
+            metrics.add(step=step, tokens=state["tokens"], loss=loss, lr=lr, grad_norm=norm, **speed, peak_memory=peak)
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {n / seconds:.0f} tokens/s, peak {peak_memory() / 2**30:.1f} GB")
+            bar.set_postfix_str(f"loss {loss:.3f}, {n / seconds:.0f} tokens/s, peak {peak / 2**30:.1f} GiB")
             if last or step % a.eval_every == 0:
                 metrics.add(step=step, valid_loss=evaluate(model, held_out, a))
                 if not math.isfinite(metrics.lines[-1]["valid_loss"]):

@@ -372,19 +372,20 @@ def advance(n, by):
 def static(step, state, flags):
     """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (token, flag) that keeps the state in
     `.state`; x is the token as [1, 1]. On a GPU each flag's step is compiled."""
-    return eager(mx.compile(step) if on_gpu() else step, state)
+    return eager(mx.compile(step) if on_gpu() else step, state, flags)
 
 
-def eager(step, state):
+def eager(step, state, flags=(False, True)):
     """The same with a step that runs as it is written, shapes free to change."""
-    return _Steps(step, state)
+    return _Steps(step, state, flags)
 
 
 class _Steps:
-    def __init__(self, step, state):
-        self.step, self.state = step, state
+    def __init__(self, step, state, flags):
+        self.step, self.state, self.flags = step, state, flags
 
     def __call__(self, token, flag=False):
+        assert flag in self.flags, "this step was not asked for"
         y, self.state = self.step(mx.array([[token]]), self.state, flag)
         mx.async_eval(y, self.state)
         return y

@@ -387,27 +387,28 @@ def advance(n, by):
 def static(step, state, flags):
     """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (token, flag) that keeps the state in
     `.state`; x is the token as [1, 1]. On a CUDA device each flag's step is captured as a graph over the state's own buffers."""
-    return _Graphs(step, state, flags) if device().type == "cuda" else eager(step, state)
+    return _Graphs(step, state, flags) if device().type == "cuda" else eager(step, state, flags)
 
 
-def eager(step, state):
+def eager(step, state, flags=(False, True)):
     """The same with a step that runs as it is written, shapes free to change."""
-    return _Steps(step, state)
+    return _Steps(step, state, flags)
 
 
 class _Steps:
-    def __init__(self, step, state):
-        self.step, self.state = step, state
+    def __init__(self, step, state, flags):
+        self.step, self.state, self.flags = step, state, flags
 
     @torch.no_grad()
     def __call__(self, token, flag=False):
+        assert flag in self.flags, "this step was not asked for"
         y, self.state = self.step(torch.tensor([[token]], device=device()), self.state, flag)
         return y
 
 
 class _Graphs(_Steps):
     def __init__(self, step, state, flags):
-        super().__init__(step, state)
+        super().__init__(step, state, flags)
         self.x = torch.zeros(1, 1, dtype=torch.int64, device=device())
         # warm-up advances the counters and writes into the slots: it is undone
         before = tree_map(torch.clone, state)

@@ -1,0 +1,139 @@
+"""generate.py: sessions, sampling, stop strings, text that streams."""
+
+import numpy as np
+import ops
+import pytest
+from conftest import tiny
+
+from errors import Refused
+from generate import Sampler, Session, Until, generate
+
+MEMORIES = ["full", "sinks:budget=20", "full/window:budget=16"]
+
+
+class Letters:
+    """A tokenizer whose ids are letters, and that ends no text."""
+
+    eos_ids = frozenset()
+    stream = lambda self: self
+    push = lambda self, i: chr(65 + i % 26)
+    flush = lambda self: ""
+
+
+def write(memory, graph, turns=((30, 15), (15, 10))):
+    """Logits after reading and writing in turns, as a conversation does; and the session."""
+    session = Session(tiny(memory=memory), chunk=16, segment=8)
+    # the static step as it is on a GPU, run as written
+    session.graph = graph
+    tokens, out, at = np.random.default_rng(0).integers(0, 60, 100).tolist(), [], 0
+    for read, wrote in turns:
+        out.append(session.read(tokens[at : at + read], wrote))
+        out += [session.step(t) for t in tokens[at + read : at + read + wrote]]
+        at += read + wrote
+    return np.stack([ops.numpy(x) for x in out]), session
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_static_step_writes_what_the_plain_one_writes(memory):
+    a, b = write(memory, False)[0], write(memory, True)[0]
+    assert np.abs(a - b).max() < 1e-4 * a.std() + 1e-5
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_session_never_overruns_its_buffers(memory, graph):
+    _, session = write(memory, graph)
+    if memory.startswith("sinks"):
+        session.step(1)
+    else:
+        with pytest.raises(Refused, match="no room"):
+            session.step(1)
+
+
+def test_a_bounded_cache_stays_flat_far_past_its_budget():
+    session = Session(tiny(memory="sinks:budget=20"), chunk=16, segment=8)
+    session.read(range(40))
+    sizes = set()
+    for i in range(200):
+        logits = ops.numpy(session.step(i % 60))
+        sizes.add(session.nbytes())
+        assert np.isfinite(logits).all()
+    # the segment's room fills and empties; what is allocated does not move
+    assert max(sizes) == min(sizes)
+
+
+def test_full_memory_is_counted_in_bytes():
+    c = tiny().config
+    session = Session(tiny(), chunk=64)
+    session.read(range(50), 14)
+    slot = c.num_hidden_layers * (2 * c.num_key_value_heads * c.head_dim * 4 + 4)
+    assert session.nbytes() == 64 * slot
+
+
+def sampled(n=2000, seed=0, **how):
+    """How often each of six tokens is drawn."""
+    logits = ops.array(np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.04, 0.01], "float32")))
+    sampler = Sampler(seed=seed, **{"temperature": 1.0, "min_p": 0.0, **how})
+    return np.bincount([sampler(logits, [0, 5]) for _ in range(n)], minlength=6) / n
+
+
+def test_sampling_follows_the_probabilities():
+    np.testing.assert_allclose(sampled(), [0.4, 0.3, 0.15, 0.1, 0.04, 0.01], atol=0.04)
+
+
+@pytest.mark.parametrize(
+    "how, possible",
+    [
+        ({"temperature": 0}, [0]),
+        ({"top_k": 2}, [0, 1]),
+        ({"top_p": 0.5}, [0, 1]),
+        ({"top_p": 0.39}, [0]),
+        ({"top_p": 0.71}, [0, 1, 2]),
+        ({"min_p": 0.3}, [0, 1, 2]),
+        ({"top_k": 3, "top_p": 0.8}, [0, 1]),
+    ],
+    ids=str,
+)
+def test_filters_keep_exactly_the_tokens_that_they_should(how, possible):
+    # top_k=3 renormalises to .47, .35, .18: the first two reach .8
+    assert np.flatnonzero(sampled(**how)).tolist() == possible
+
+
+def test_temperature_and_repetition_penalty():
+    cold, warm = sampled(temperature=0.5), sampled(temperature=2.0)
+    p = np.array([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
+    np.testing.assert_allclose(cold, p**2 / (p**2).sum(), atol=0.04)
+    np.testing.assert_allclose(warm, p**0.5 / (p**0.5).sum(), atol=0.04)
+    # logits are negative, so the penalty multiplies those of the tokens seen, 0 and 5
+    q = np.where([1, 0, 0, 0, 0, 1], p**2, p)
+    np.testing.assert_allclose(sampled(repetition_penalty=2.0), q / q.sum(), atol=0.04)
+
+
+def test_the_same_seed_gives_the_same_draws():
+    assert (sampled(50, seed=1) == sampled(50, seed=1)).all()
+    assert (sampled(200, seed=1) != sampled(200, seed=2)).any()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_stop_strings_end_the_text_and_are_never_shown(size):
+    text = "one END two\nUser: three"
+    for stops, shown in ([["\nUser:"], "one END two"], [["END", "\nUser:"], "one "], [["absent"], text], [[], text]):
+        until, out = Until(stops), ""
+        for i in range(0, len(text), size):
+            out += until.push(text[i : i + size])
+            assert not any(s in out for s in stops)
+            if until.done:
+                break
+        assert out + until.flush() == shown
+        assert until.done == (shown != text)
+
+
+def test_generate_streams_counts_and_stops():
+    shown = []
+    session = Session(tiny(), chunk=8)
+    text, stats = generate(session, Letters(), list(range(20)), 12, Sampler(temperature=0), show=shown.append)
+    assert text == "".join(shown) and len(text) == stats["wrote"] == 12 and stats["read"] == 20
+    # what was written but the last token has been read as well
+    assert len(session.tokens) == 31
+    again, _ = generate(Session(tiny(), chunk=8), Letters(), list(range(20)), 12, Sampler(temperature=0), stops=[text[4:6]])
+    assert again == text[: text.find(text[4:6])]
