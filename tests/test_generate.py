@@ -1,10 +1,10 @@
 """generate.py: sessions, sampling, stop strings, text that streams."""
 
 import numpy as np
-import ops
 import pytest
 from conftest import tiny
 
+import ops
 from errors import Refused
 from generate import Sampler, Session, Until, generate
 
