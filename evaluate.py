@@ -2,10 +2,11 @@
 
 python evaluate.py                                                    # the default model on held-out files of the default corpus
 python evaluate.py --data book.txt --lengths 2k,8k,32k --memory sinks --plot loss.png
-python evaluate.py --task passkey --lengths 1k,2k,4k --depths 5 --trials 4 --memory window:budget=1024
+python evaluate.py --task passkey --lengths 1k,2k,4k --depths 5 --trials 4 --memory sinks:budget=1024
 
-A length N means the first N tokens of every document that has so many (bos included, where there is one): N - 1 predictions. The
-loss at position i is that of token i + 1 after the tokens 0 to i; all lengths come from one reading, so they share documents.
+A length N means the first N tokens of every document that has so many, bos included where the model's tokenizer adds one. The loss at
+position i is that of token i + 1 after tokens 0 to i, so N tokens are N - 1 predictions; the first is never one. All lengths are
+measured in one reading of the same documents. passkey.py says what its prompt is and what counts as an answer.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import json
 import math
 import os
 import platform
-import re
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,18 +26,7 @@ from tqdm import tqdm
 import cli
 import data
 from errors import Refused, main
-from generate import Session
-
-# Mohtashami & Jaggi 2023, arXiv:2305.16300, in the words of LongLoRA's test (Chen et al. 2023, arXiv:2309.12307); there the
-# filler is cut by characters, here at a sentence
-TASK = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
-    "I will quiz you about the important information there."
-)
-FILLER = ["The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."]
-KEY = "The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION, ANSWER = "What is the pass key?", "The pass key is"
-ANSWER_TOKENS = 12
+from passkey import grid
 
 
 def perplexity(model, tokens, segment=512, progress=lambda losses: None):
@@ -115,160 +104,78 @@ def evaluate_perplexity(model, tokenizer, files, lengths, segment, documents=Non
                 sums[n] += [losses[: n and n - 1].sum(), len(tokens[1:n]), size]
     rows = []
     for n, (nats, predicted, size) in sums.items():
-        mean = nats / predicted
-        ppl = math.exp(min(mean, 700))
-        rows.append(
-            {"length": n, "tokens": int(predicted), "loss": mean, "perplexity": ppl, "bits_per_byte": nats / math.log(2) / max(size, 1)}
-        )
+        mean, bits = nats / predicted, nats / math.log(2)
+        rows.append({"length": n, "tokens": int(predicted), "loss": mean, "perplexity": math.exp(mean), "bits_per_byte": bits / size})
     return {"lengths": rows, "by_position": by_position(total, count), "curve": by_position(total, count, 8), "documents": names}
 
 
-def passkey_prompt(tokenizer, length, depth, key, chat=False):
-    """(context, question): two lists of ids, together at most one sentence of filler shorter than length.
-
-    depth: where in the filler the key stands, 0 to 1. chat: through the model's chat template, with the answer begun for it.
-    Raises Refused for a length that leaves no room.
-    """
-
-    def ids(n):
-        before = int(depth * n + 0.5)
-        filler = [" ".join(FILLER[i % len(FILLER)] for i in range(m)) for m in (before, n - before)]
-        text = "\n".join([TASK, filler[0], KEY.format(key=key), filler[1], ""])
-        if not chat:
-            return tokenizer.encode(text).tolist(), tokenizer.encode(f"{text}{QUESTION} {ANSWER}").tolist()
-        say = lambda content, go: tokenizer.chat([{"role": "user", "content": content}], go).tolist()
-        return say(text, False), say(text + QUESTION, True) + tokenizer.encode(ANSWER, bos=False).tolist()
-
-    size = lambda n: len(ids(n)[1])
-    if size(1) > length:
-        raise Refused(f"a passkey prompt of {length} tokens has no room for its filler: --lengths must be {size(1)} or more")
-    n = max(1, int((length - size(0)) * 50 / (size(50) - size(0))))
-    while size(n) > length:
-        n -= 1
-    while size(n + 1) <= length:
-        n += 1
-    context, whole = ids(n)
-    # the question begins where the prompts with and without it part
-    same = next((i for i, (a, b) in enumerate(zip(context, whole)) if a != b), len(context))
-    return whole[:same], whole[same:]
-
-
-def matches(answer, key):
-    """The first number in the answer is the key, digit for digit."""
-    found = re.search(r"[0-9]+", answer)
-    return found is not None and found[0] == str(key)
-
-
-def passkey(session, tokenizer, length, depth, key, seen=False, chat=False):
-    """One trial, greedy: a dict with the raw answer. seen: the question is read in one go with the text, so a memory that chooses
-    what to keep by attention may choose by the question; else it comes after the memory has closed on the text."""
-    import ops
-
-    context, question = passkey_prompt(tokenizer, length, depth, key, chat)
-    session.restart()
-    logits = session.read(context + question, ANSWER_TOKENS) if seen else session.read(context, len(question) + ANSWER_TOKENS)
-    logits = logits if seen else session.read(question)
-    session.ready(ANSWER_TOKENS)
-    out = [int(ops.argmax(logits))]
-    while out[-1] not in tokenizer.eos_ids and len(out) < ANSWER_TOKENS:
-        out.append(int(ops.argmax(session.step(out[-1]))))
-    answer, n = tokenizer.decode(out), len(context) + len(question)
-    return {
-        "length": length,
-        "depth": depth,
-        "tokens": n,
-        "key": key,
-        "answer": answer,
-        "correct": matches(answer, key),
-        "cache": session.nbytes(),
-    }
-
-
-def evaluate_passkey(model, tokenizer, lengths, depths, trials, seed=0, chunk=512, seen=False, chat=False):
-    """A grid of accuracies [lengths, depths] and every trial. The keys depend on seed, length, depth and trial alone."""
-    # a graph pays off in long answers only
-    session, places, out = Session(model, chunk, graph=False), np.linspace(0, 1, depths) if depths > 1 else np.array([0.5]), []
-    every = [(n, d, t) for n in lengths for d in range(depths) for t in range(trials)]
-    with tqdm(every, "passkey", leave=False, disable=not sys.stderr.isatty()) as bar:
-        for n, d, t in bar:
-            key = int(np.random.default_rng([seed, n, d, t]).integers(1, 50001))
-            out.append(passkey(session, tokenizer, n, float(places[d]), key, seen, chat))
-            bar.set_postfix(correct=f"{np.mean([o['correct'] for o in out]):.2f}", length=n, refresh=False)
-    grid = np.array([o["correct"] for o in out], float).reshape(len(lengths), depths, trials).mean(2)
-    return {"lengths": lengths, "depths": places.tolist(), "accuracy": grid.tolist(), "trials": out}
-
-
 def about(model, args):
-    """What a figure depends on: written into every result."""
+    """What the figures depend on."""
     import ops
 
-    framework = {"torch": "torch", "mlx": "mlx"}[ops.BACKEND]
-    dtype = model.dtype or model.model.embed_tokens.weight.dtype
+    c, dtype = model.config, model.dtype or model.model.embed_tokens.weight.dtype
     return {
         "task": args.task,
-        "model": Path(args.model).name if args.model else "default",
-        "attn": model.config.attn,
-        "pos": model.config.pos,
-        "memory": model.config.memory,
-        "adapter": args.adapter or "full",
-        "dtype": str(dtype).split(".")[-1],
-        "backend": ops.BACKEND,
-        "device": str(ops.device()),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in (framework, "numpy", "tokenizers")}},
+        "model": Path(args.model).name if args.model else "the default model",
+        **{"attn": c.attn, "pos": c.pos, "memory": c.memory, "adapter": args.adapter or "full", "segment": args.segment},
+        **{
+            "dtype": str(dtype).split(".")[-1],
+            "device": f"{ops.BACKEND} {ops.device()}",
+            "machine": f"{platform.system()} {platform.machine()}",
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in (ops.BACKEND, "numpy", "tokenizers")}},
     }
 
 
-def table(head, rows):
-    """Lines of right-aligned columns."""
-    cells = [head, *([c if isinstance(c, str) else f"{c:,}" if isinstance(c, int) else f"{c:.4g}" for c in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+def table(rows):
+    """Lines of right-aligned columns; numbers that are not whole get four places."""
+    cells = [[f"{c:,}" if isinstance(c, int) else f"{c:.4f}" if isinstance(c, float) else c for c in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in cells)
 
 
-def show_perplexity(r):
-    shape = lambda x: f"{x:.4f}"
-    rows = [
-        [row["length"] or "whole", row["tokens"], shape(row["loss"]), shape(row["perplexity"]), shape(row["bits_per_byte"])]
-        for row in r["lengths"]
-    ]
-    print(table(["length", "tokens", "nats/token", "perplexity", "bits/byte"], rows))
-    rows = [[f"{b['from']}-{b['to']}", b["tokens"], shape(b["loss"])] for b in r["by_position"]]
-    print("\n" + table(["position", "tokens", "nats/token"], rows))
-
-
-def show_passkey(r):
-    rows = [[n, *(f"{100 * x:.0f}%" for x in row), f"{100 * np.mean(row):.0f}%"] for n, row in zip(r["lengths"], r["accuracy"])]
-    print(table(["length", *(f"at {d:.2f}" for d in r["depths"]), "mean"], rows))
+def show(r):
+    """The protocol, then the figures."""
+    print(f"{r['task']}: {r['model']}, --attn {r['attn']} --pos {r['pos']} --memory {r['memory']}, {r['dtype']} on {r['device']}")
+    if r["task"] == "perplexity":
+        print(f"{len(r['documents'])} documents in segments of {r['segment']}, {'with' if r['bos'] else 'without'} bos\n")
+        rows = [[r["length"] or "whole", r["tokens"], r["loss"], r["perplexity"], r["bits_per_byte"]] for r in r["lengths"]]
+        print(table([["length", "tokens", "nats/token", "perplexity", "bits/byte"], *rows]))
+        rows = [[f"{b['from']}-{b['to']}", b["tokens"], b["loss"]] for b in r["by_position"]]
+        print("\n" + table([["position", "tokens", "nats/token"], *rows]))
+    else:
+        asked = "with the text, before the memory closed on it" if r["question_seen"] else "after the memory had closed on the text"
+        print(f"greedy, {r['keys']} keys a cell; the text in segments of {r['segment']}, the question {asked}\n")
+        rows = [[n, *(f"{100 * x:.0f}%" for x in [*row, np.mean(row)])] for n, row in zip(r["lengths"], r["accuracy"])]
+        print(table([["length", *(f"at {100 * d:.0f}%" for d in r["depths"]), "mean"], *rows]))
 
 
 def picture(r, path):
     """The loss by position, or the passkey grid, as a picture."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    fig = Figure(figsize=(7, 4), layout="constrained")
+    ax = fig.subplots()
     if r["task"] == "perplexity":
         ax.plot([(b["from"] + b["to"]) / 2 + 1 for b in r["curve"]], [b["loss"] for b in r["curve"]])
         ax.set(xscale="log", xlabel="position", ylabel="loss (nats per token)")
     else:
         fig.colorbar(ax.imshow(np.transpose(r["accuracy"]), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto"), label="accuracy")
         ax.set_xticks(range(len(r["lengths"])), r["lengths"])
-        ax.set_yticks(range(len(r["depths"])), [f"{d:.2f}" for d in r["depths"]])
+        ax.set_yticks(range(len(r["depths"])), [f"{100 * d:.0f}%" for d in r["depths"]])
         ax.set(xlabel="length (tokens)", ylabel="depth of the key")
     ax.set_title(f"{r['model']}, --attn {r['attn']} --pos {r['pos']} --memory {r['memory']}", fontsize="small")
-    write(path, lambda partial: fig.savefig(partial, format=path.suffix[1:] or "png"))
-    plt.close(fig)
+    write(path, lambda partial: fig.savefig(partial, format=path.suffix[1:]))
 
 
 def write(path, fill):
-    """A file written by fill(a path beside it), there whole or not at all."""
+    """A file written by fill(a path beside it): there whole or not at all. Raises Refused."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         fill(partial)
         os.replace(partial, path)
+    except OSError as no:
+        raise Refused(f"{path} could not be written: {no.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -282,53 +189,37 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_model_flags(parser)
     add = parser.add_argument_group("task").add_argument
-    add("--task", default="perplexity", metavar="NAME", help="perplexity (default) or passkey")
+    add("--task", default="perplexity", metavar="NAME", help=f"{' or '.join(TASKS)} (default perplexity)")
     add(
         "--lengths",
         "--length",
         type=lengths,
         metavar="N,N",
-        help="tokens to read: 2k,4k,8k; all: whole documents (default: all of --data, else 2k; 512,1k for passkey)",
+        help="2k,4k; all: whole documents (default: all of --data, else 2k; 512,1k)",
     )
     add("--segment", type=cli.whole, default=512, help="tokens read at once; a bounded memory forgets after each (default 512)")
-    add("--json", type=Path, metavar="FILE", help="write the whole result, with raw answers or the loss by position")
-    add("--plot", type=Path, metavar="FILE", help="draw the loss by position, or the passkey grid (.png, .pdf, .svg; needs matplotlib)")
+    add("--json", type=Path, metavar="FILE", help="write the whole result, with every raw answer or the loss by position")
+    add("--plot", type=Path, metavar="FILE", help="draw the loss by position or the passkey grid: .png, .pdf or .svg (needs matplotlib)")
     add = parser.add_argument_group("perplexity").add_argument
     add("--data", nargs="+", metavar="PATH", help="texts, folders, globs, .jsonl (default: held-out files of the default corpus)")
-    add("--documents", type=cli.whole, help="read so many documents, in order (default: all of --data, else 4)")
-    add(
-        "--bos",
-        action=argparse.BooleanOptionalAction,
-        help="begin each document with the bos token (default: as the model's tokenizer does)",
-    )
+    add("--documents", type=cli.whole, help="read so many documents that are long enough (default: all of --data, else 4)")
+    add("--bos", action=argparse.BooleanOptionalAction, help="begin documents with the bos token (default: as the model's tokenizer does)")
     add = parser.add_argument_group("passkey").add_argument
-    add("--depths", type=cli.whole, default=5, help="so many places for the key, evenly from the first sentence to the last (default 5)")
+    add("--depths", type=cli.whole, default=5, help="so many places for the key, evenly from before the filler to after it (default 5)")
     add("--trials", type=cli.whole, default=2, help="keys for each length and depth (default 2)")
-    add("--seed", type=int, default=0, help="of the keys")
-    add("--chat", action="store_true", help="ask through the chat template (default: the published prompt as plain text)")
-    add("--question-seen", action="store_true", help="read the question together with the text, before the memory closes on it")
+    add("--seed", type=int, default=0, help="of the keys (default 0)")
+    add("--question-seen", action="store_true", help="read the question with the text, before the memory closes on it")
     args = parser.parse_args()
+    counts, shortest = (args.segment, args.depths, args.trials, args.documents), (args.lengths or [None])[0]
     wrong = [
-        (args.task not in SHOW, f"--task {args.task!r} is not known: choose one of {', '.join(SHOW)}"),
-        (
-            args.task == "passkey" and args.lengths == [None],
-            "--lengths all is for perplexity: give the passkey prompt's lengths, as in 1k,2k",
-        ),
-        (
-            min(filter(None, args.lengths or [2]), default=2) < 2,
-            "--lengths must be at least 2: the first token has nothing before it to be predicted from",
-        ),
-        (
-            min(args.segment, args.depths, args.trials, args.documents or 1) < 1,
-            "--segment, --depths, --trials and --documents must be at least 1",
-        ),
-        (args.documents == 0, "--documents 0 reads nothing: give at least 1"),
-        (args.plot and not find_spec("matplotlib"), "--plot needs matplotlib, which is not installed: pip install matplotlib"),
-        (
-            args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"),
-            f"--plot {args.plot} is no picture: end its name in .png, .pdf or .svg",
-        ),
-        *((f and not f.absolute().parent.is_dir(), f"{f} cannot be written: its folder does not exist") for f in (args.json, args.plot)),
+        (args.task not in TASKS, f"--task {args.task!r} is not known: choose one of {', '.join(TASKS)}"),
+        (args.task == "passkey" and args.lengths == [None], "--lengths all is for perplexity: give the prompts' lengths, as in 1k,2k"),
+        (shortest is not None and shortest < 2, f"--lengths {shortest} leaves nothing to predict: give at least 2"),
+        (any(n is not None and n < 1 for n in counts), "--segment, --depths, --trials and --documents must be at least 1"),
+        (args.seed < 0, f"--seed {args.seed} is negative: give 0 or more"),
+        (args.plot and not find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib"),
+        (args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"), f"--plot {args.plot}: end its name in .png, .pdf or .svg"),
+        *((f and not f.absolute().parent.is_dir(), f"{f} cannot be written: its folder is not there") for f in (args.json, args.plot)),
     ]
     for is_wrong, sentence in wrong:
         if is_wrong:
@@ -336,40 +227,29 @@ def arguments():
     return args
 
 
-SHOW = {"perplexity": show_perplexity, "passkey": show_passkey}
+def run_perplexity(args):
+    files = data.expand(args.data) if args.data else data.split(data.default_corpus())[1]
+    sizes = args.lengths or ([None] if args.data else [2048])
+    model, tokenizer = cli.load(args)
+    r = about(model, args) | {"bos": tokenizer.adds_bos if args.bos is None else args.bos}
+    return r | evaluate_perplexity(model, tokenizer, files, sizes, args.segment, args.documents or (None if args.data else 4), args.bos)
+
+
+def run_passkey(args):
+    model, tokenizer = cli.load(args)
+    r = about(model, args) | {"keys": args.trials, "seed": args.seed, "question_seen": args.question_seen}
+    how = args.depths, args.trials, args.seed, args.segment, args.question_seen
+    return r | grid(model, tokenizer, args.lengths or [512, 1024], *how)
+
+
+TASKS = {"perplexity": run_perplexity, "passkey": run_passkey}
 
 
 def run():
     args = arguments()
     cli.settle(args)
-    if args.task == "perplexity":
-        files = data.expand(args.data) if args.data else data.split(data.default_corpus())[1]
-        args.lengths = args.lengths or ([None] if args.data else [2048])
-        args.documents = args.documents or (None if args.data else 4)
-    model, tokenizer = cli.load(args)
-    trained = model.config.max_position_embeddings
-    if args.lengths and (args.lengths[-1] or 0) > trained:
-        cli.say(f"note: the model says that it was trained on {trained} positions at most")
-    r = about(model, args) | {"segment": args.segment}
-    where = f"{r['model']}, --attn {r['attn']} --pos {r['pos']} --memory {r['memory']}, {r['dtype']} on {r['backend']} {r['device']}"
-    if args.task == "perplexity":
-        r["bos"] = tokenizer.adds_bos if args.bos is None else args.bos
-        r |= evaluate_perplexity(model, tokenizer, files, args.lengths, args.segment, args.documents, args.bos)
-        print(
-            f"perplexity: {where}\n{len(r['documents'])} documents in segments of {args.segment}, {'with' if r['bos'] else 'without'} bos\n"
-        )
-    else:
-        args.lengths = args.lengths or [512, 1024]
-        r |= {"seed": args.seed, "chat": args.chat, "question_seen": args.question_seen}
-        r |= evaluate_passkey(
-            model, tokenizer, args.lengths, args.depths, args.trials, args.seed, args.segment, args.question_seen, args.chat
-        )
-        asked = "with the text, before the memory closed on it" if args.question_seen else "after the memory had closed on the text"
-        form = "chat template" if args.chat else "plain text"
-        print(
-            f"passkey: {where}\n{form}, greedy, {args.trials} keys a cell; text read in segments of {args.segment}, the question {asked}\n"
-        )
-    SHOW[args.task](r)
+    r = TASKS[args.task](args)
+    show(r)
     if args.json:
         write(args.json, lambda partial: partial.write_text(json.dumps(r, indent=1) + "\n"))
     if args.plot:
