@@ -11,7 +11,6 @@ measured in one reading of the same documents. passkey.py says what its prompt i
 
 import argparse
 import json
-import math
 import os
 import platform
 import sys
@@ -104,8 +103,8 @@ def evaluate_perplexity(model, tokenizer, files, lengths, segment, documents=Non
                 sums[n] += [losses[: n and n - 1].sum(), len(tokens[1:n]), size]
     rows = []
     for n, (nats, predicted, size) in sums.items():
-        mean, bits = nats / predicted, nats / math.log(2)
-        rows.append({"length": n, "tokens": int(predicted), "loss": mean, "perplexity": math.exp(mean), "bits_per_byte": bits / size})
+        mean, bits = nats / predicted, nats / np.log(2)
+        rows.append({"length": n, "tokens": int(predicted), "loss": mean, "perplexity": float(np.exp(mean)), "bits_per_byte": bits / size})
     return {"lengths": rows, "by_position": by_position(total, count), "curve": by_position(total, count, 8), "documents": names}
 
 
@@ -116,6 +115,7 @@ def about(model, args):
     c, dtype = model.config, model.dtype or model.model.embed_tokens.weight.dtype
     return {
         "task": args.task,
+        "positions": c.max_position_embeddings,
         "model": Path(args.model).name if args.model else "the default model",
         **{"attn": c.attn, "pos": c.pos, "memory": c.memory, "adapter": args.adapter or "full", "segment": args.segment},
         **{
@@ -136,6 +136,8 @@ def table(rows):
 
 def show(r):
     """The protocol, then the figures."""
+    if any(d["tokens"] > r["positions"] for d in r.get("documents", r.get("trials"))):
+        cli.say(f"note: the model's config.json promises {r['positions']} positions, and some texts are longer")
     print(f"{r['task']}: {r['model']}, --attn {r['attn']} --pos {r['pos']} --memory {r['memory']}, {r['dtype']} on {r['device']}")
     if r["task"] == "perplexity":
         print(f"{len(r['documents'])} documents in segments of {r['segment']}, {'with' if r['bos'] else 'without'} bos\n")

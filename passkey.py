@@ -1,7 +1,8 @@
 """Passkey retrieval: a number hidden in filler, asked for at the end (Mohtashami & Jaggi 2023, arXiv:2305.16300).
 
-The prompt is plain text also for models that chat: that is how it was published, and SmolLM2-135M-Instruct answers it better so
-than through its chat template. The answer counts if its first number is the key, digit for digit.
+The prompt is plain text also for models that chat: that is how it was published, and a chat template gained nothing where tried
+(SmolLM2-135M-Instruct, 512 and 1024 tokens: 12 keys of 12 in plain text, 11 through its template). The answer counts if its
+first number is the key, digit for digit.
 """
 
 import re

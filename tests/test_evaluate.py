@@ -216,7 +216,7 @@ def test_matches_not(answer):
 def test_trial(seen):
     tokenizer = Words()
     tokenizer.encode(" 4 0 7 1. and")
-    right, wrong = (Reader([*tokenizer.encode(answer).tolist(), 0]) for answer in (" 4071.", " 407."))
+    right, wrong = (Reader([*tokenizer.encode(answer), 0, *tokenizer.encode(" and")]) for answer in (" 4071.", " 407."))
     trial = passkey.passkey(right, tokenizer, 200, 0.5, 4071, seen)
     assert trial["correct"] and trial["answer"] == " 4071." and trial["tokens"] == sum(map(len, right.pieces))
     assert not passkey.passkey(wrong, tokenizer, 200, 0.5, 4071, seen)["correct"]
@@ -227,6 +227,8 @@ def test_trial(seen):
 
 def test_trial_writes_what_a_forward_pass_would():
     session, tokenizer = Session(tiny(), 32, graph=False), Words()
+    # a trial before leaves nothing behind
+    passkey.passkey(session, tokenizer, 130, 0.5, 17)
     passkey.passkey(session, tokenizer, 120, 0.5, 4071)
     before, question = passkey.prompt(tokenizer, 120, 0.5, 4071)
     ids = before + question
@@ -249,11 +251,11 @@ def test_grid_averages_over_trials(monkeypatch):
 
     def trial(session, tokenizer, length, depth, key, seen):
         keys.append(key)
-        return {"correct": length == 10 and (depth == 0 or len(keys) % 2 == 0)}
+        return {"correct": length == 10 and (depth == 0 or (depth == 1 and len(keys) % 2 == 0))}
 
     monkeypatch.setattr(passkey, "passkey", trial)
     r = passkey.grid(None, None, [10, 20], 3, 2)
-    assert r["accuracy"] == [[1, 0.5, 0.5], [0, 0, 0]] and r["depths"] == [0, 0.5, 1]
+    assert r["accuracy"] == [[1, 0, 0.5], [0, 0, 0]] and r["depths"] == [0, 0.5, 1]
     first = list(keys)
     passkey.grid(None, None, [20], 3, 2)
     assert len(set(first)) > 8 and keys[12:] == first[6:] and all(1 <= k <= 50000 for k in keys)
@@ -313,7 +315,9 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError):
         evaluate.write(path, broken)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-    evaluate.write(path, lambda partial: partial.write_text("after"))
+    with open(path) as reading:
+        evaluate.write(path, lambda partial: partial.write_text("after"))
+        assert reading.read() == "before"
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(Refused, match="could not be written"):
         evaluate.write(tmp_path / "gone" / "r.json", lambda partial: partial.write_text("x"))
