@@ -188,7 +188,7 @@ def lengths(text):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     cli.add_model_flags(parser)
     add = parser.add_argument_group("task").add_argument
     add("--task", default="perplexity", metavar="NAME", help=f"{' or '.join(TASKS)} (default perplexity)")
@@ -249,7 +249,8 @@ TASKS = {"perplexity": run_perplexity, "passkey": run_passkey}
 
 def run():
     args = arguments()
-    cli.settle(args)
+    cli.use_backend(args.backend)
+    cli.check_spelling(args.attn, args.pos, args.memory, args.adapter)
     r = TASKS[args.task](args)
     show(r)
     if args.json:
