@@ -27,7 +27,10 @@ HEADS = 1 << 10  # and heads below this
 
 
 class Span:
-    """Integers between lo and hi, inclusive; both are ints or arrays of one shape. Divisors must be positive."""
+    """Integers between lo and hi, inclusive; both are ints or arrays of one shape. Divisors must be positive.
+
+    Operators only, like the rules themselves: with ints a compiler can trace through, with arrays numpy reads many spans at once.
+    """
 
     heard = None  # a list while someone listens: every plain number that meets a span
 
@@ -43,17 +46,14 @@ class Span:
             Span.heard.append(x)
         return Span(x, x)
 
-    def corners(a, b, f):
-        c = [f(a.lo, b.lo), f(a.lo, b.hi), f(a.hi, b.lo), f(a.hi, b.hi)]
-        return Span(functools.reduce(np.minimum, c), functools.reduce(np.maximum, c))
-
     def __add__(a, b):
         b = Span.of(b)
         return Span(a.lo + b.lo, a.hi + b.hi)
 
     def __sub__(a, b):
         b = Span.of(b)
-        return Span(np.maximum(a.lo - b.hi, 0) if a.above is b else a.lo - b.hi, a.hi - b.lo)
+        least = a.lo - b.hi
+        return Span(least * (least > 0) if a.above is b else least, a.hi - b.lo)
 
     def __rsub__(a, b):
         return Span.of(b) - a
@@ -62,16 +62,21 @@ class Span:
         return 0 - a
 
     def __mul__(a, b):
-        return a.corners(Span.of(b), lambda x, y: x * y)
+        b = Span.of(b)
+        if b.lo is b.hi:
+            x, y = a.lo * b.lo, a.hi * b.lo
+            return Span(lesser(x, y), -lesser(-x, -y))
+        x, y = a * Span(b.lo, b.lo), a * Span(b.hi, b.hi)
+        return Span(lesser(x.lo, y.lo), -lesser(-x.hi, -y.hi))
 
-    def __floordiv__(a, b):
-        return a.corners(Span.of(b), lambda x, y: x // np.maximum(y, 1))
+    def __floordiv__(a, n):
+        return Span(a.lo // n, a.hi // n)
 
     def __mod__(a, b):
         b = Span.of(b)
-        n = np.maximum(b.lo, 1)
+        n = -lesser(-b.lo, -1)
         same = (b.lo == b.hi) & (a.lo // n == a.hi // n)
-        return Span(np.where(same, a.lo % n, 0), np.where(same, a.hi % n, b.hi - 1))
+        return Span(same * (a.lo % n), b.hi - 1 + same * (a.hi % n - b.hi + 1))
 
     def __lt__(a, b):
         b = Span.of(b)
@@ -97,6 +102,10 @@ class Span:
     __radd__, __rmul__, __hash__ = __add__, __mul__, None
 
 
+def lesser(x, y):
+    return y + (x - y) * (x < y)
+
+
 class Truth(NamedTuple):
     """The answer for a block: `must`, for every pair in it; `may`, for some pair, perhaps."""
 
@@ -120,7 +129,7 @@ class Truth(NamedTuple):
         return Truth(a.must | b.must, a.may | b.may)
 
     def __invert__(a):
-        return Truth(np.logical_not(a.may), np.logical_not(a.must))
+        return Truth(a.may ^ True, a.must ^ True)
 
     __rand__, __ror__ = __and__, __or__
 
@@ -139,10 +148,12 @@ def reach(rule, after, k, begin=0):
     return np.broadcast_to(Truth.of(t).may, k.shape) & (k >= begin)
 
 
-@functools.lru_cache(maxsize=4096)
 def is_causal(rule, n, first=0, last=None):
     """Is the rule plain causal attention for n consecutive keys from position `first` and, as queries, the last `last` of them
-    (None: all)? It never says yes wrongly: a window must hold n tokens, local blocks must hold them all in one."""
+    (None: all)? It never says yes wrongly: a window must hold n tokens, local blocks must hold them all in one.
+
+    Ints only and nothing remembered, a few microseconds: this is asked at every call, and a compiler traces through it.
+    """
     end = first + n - 1
     k = Span(first, end)
     q = Span(first if last is None else end - last + 1, end, above=k)
@@ -231,7 +242,17 @@ def layout(rule, q, k, block=128, begin=None, always=0, head=0):
     The last few answers are kept, by rule, options and the blocks' positions: do not write into them.
     """
     bq, bk = (block, block) if isinstance(block, int) else block
-    return known(rule, summary(q, bq, begin).tobytes(), summary(k, bk).tobytes(), (bq, bk), always, head)
+    q, k = summary(q, bq, begin), summary(k, bk)
+    key = rule, q.tobytes(), k.tobytes(), (bq, bk), always, head
+    found = recent.pop(key, None)
+    recent[key] = found = found or find(rule, pyramid(q), pyramid(k), (bq, bk), always, head)
+    while len(recent) > 1 and sum(x.pairs.nbytes for x in recent.values()) > ROOM:
+        del recent[next(iter(recent))]
+    return found
+
+
+recent = {}  # layouts by rule, options and the blocks' positions, the last one asked for at the end
+ROOM = 1 << 28  # bytes of pairs that are kept; their lists take about as much again
 
 
 def layouts(rule, q, k, block=128, begin=None, always=0, heads=1):
@@ -259,10 +280,8 @@ def summary(at, block, begin=None):
     return np.stack([least(at), most(at), whole, least(begin), most(begin)]) if len(at) else np.zeros((5, 0), np.int64)
 
 
-@functools.lru_cache(maxsize=32)
-def known(rule, q, k, block, always, head):
-    """The layout of blocks that are known by their summaries, as bytes."""
-    qs, ks = (pyramid(np.frombuffer(x, dtype=np.int64).reshape(5, -1)) for x in (q, k))
+def find(rule, qs, ks, block, always, head):
+    """The layout of blocks that are known by their summaries' pyramids."""
     links = getattr(rule.module, "LINKS", None)
     targets = linked(rule, qs[0], ks, head) if links else None
     # random links would make every block possible: leave them out of the search and add the blocks that they lead to
