@@ -56,7 +56,9 @@ def main(argv=None):
         raise Refused("name one pattern, or give --all: python -m attention longformer:window=512 --length 4096")
     if args.all and not args.out:
         raise Refused("--all draws one picture of all patterns: say where with --out patterns.png")
-    length = args.length or (256 if args.all else 4096)
+    if args.out and not args.out.lower().endswith(".png"):
+        raise Refused(f"--out {args.out} is no PNG: give a name that ends in .png")
+    length = args.length if args.length is not None else 256 if args.all else 4096
     if not 1 <= length <= (1024 if args.all else LIMIT):
         raise Refused(f"--length {length} cannot be drawn: give 1 to {1024 if args.all else LIMIT}")
     if not 1 <= args.block <= FAR or args.layer < 0 or not 0 <= args.head < args.heads:
@@ -74,7 +76,7 @@ def main(argv=None):
         one(args.out, rule, found, length, args.head)
 
 
-# ---------------------------------------------------------------- in the terminal
+# in the terminal
 
 
 def text(found):
@@ -84,7 +86,7 @@ def text(found):
     lines = []
     for i in range(0, len(grid), n):
         parts = [grid[i : i + n, j : j + n] for j in range(0, i + n, n) if j < len(grid)]
-        lines.append("".join("·" if not p.any() else "█" if p.all() and (p == 2).all() else "▒" for p in parts))
+        lines.append("".join("·" if not p.any() else "█" if (p == 2).all() else "▒" for p in parts))
     each = f"{found.block[0]} x {found.block[1]} tokens" if n == 1 else f"{n} x {n} blocks of {found.block[0]} x {found.block[1]} tokens"
     return "\n".join(lines) + f"\n█ full  ▒ partial  · empty; a character is {each}"
 
@@ -116,7 +118,7 @@ def numbers(rule, found, length, head):
     )
 
 
-# ---------------------------------------------------------------- as a picture
+# as a picture
 
 
 def pyplot():
@@ -130,8 +132,8 @@ def pyplot():
     return plt
 
 
-PAPER, INK = "#ffffff", "#30363d"
-FUTURE, EMPTY, COLOURS = "#f6f7f9", "#e4e8ee", ("#4c78a8", "#e0a458")  # seen by the first half of the heads, by the second
+PAPER, INK, FUTURE, EMPTY = "#ffffff", "#30363d", "#f6f7f9", "#e4e8ee"
+BOTH, FIRST, LAST = "#4c78a8", "#9ab8d6", "#e0a458"  # seen by all heads, by the first head only, by the last only
 
 
 def colours(*names):
@@ -140,21 +142,15 @@ def colours(*names):
     return np.array([to_rgb(n) for n in names])
 
 
-def picture(masks):
-    """Masks [n, n] -> pixels [n, n, 3]. One mask, or two kinds of heads: then what both see is the first colour, what only the first
-    sees a lighter one, and what only the second sees the second."""
-    first, second = masks[0], masks[-1]
-    light, only = colours("#9ab8d6", COLOURS[1])
-    out = np.where(np.tri(len(first), dtype=bool)[..., None], colours(EMPTY)[0], colours(FUTURE)[0])
-    out = np.where((first & second)[..., None], colours(COLOURS[0])[0], out)
-    out = np.where((first & ~second)[..., None], light, out)
-    return np.where((second & ~first)[..., None], only, out)
+def picture(first, last):
+    """What the first and the last head see, two masks [n, n] -> pixels [n, n, 3]."""
+    background = np.where(np.tri(len(first), dtype=bool)[..., None], *colours(EMPTY, FUTURE))
+    kinds = [(first & last)[..., None], (first & ~last)[..., None], (last & ~first)[..., None]]
+    return np.select(kinds, list(colours(BOTH, FIRST, LAST)), background)
 
 
 def save(figure, path):
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise Refused(f"--out {path} is no PNG: give a name that ends in .png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, facecolor=PAPER)
@@ -164,16 +160,15 @@ def save(figure, path):
 
 
 def one(path, rule, found, length, head):
-    """One pattern: every token up to 1024 of them, else every block."""
+    """One pattern: every token up to 1024 of them, else every block, the partial ones lighter."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(5, 5.2), dpi=120, layout="constrained")
     if length <= 1024:
-        image = picture([seen(rule, length, head)])
+        see = seen(rule, length, head)
+        image = picture(see, see)
     else:
-        empty, partial, full = colours(EMPTY, "#9ab8d6", COLOURS[0])
-        grid = blocks(found)[..., None]
-        image = np.where(grid == 2, full, np.where(grid == 1, partial, empty))
-        image = np.where(np.tri(*found.shape, dtype=bool)[..., None], image, colours(FUTURE)[0])
+        full, partial = (blocks(found) == kind for kind in (2, 1))
+        image = picture(full | partial, full)
     axes.imshow(image, extent=(0, length, length, 0), interpolation="nearest" if len(image) <= 500 else "antialiased")
     axes.set_title(str(rule), fontsize=10, color=INK)
     axes.set_xlabel("key")
@@ -184,20 +179,23 @@ def one(path, rule, found, length, head):
 
 
 def gallery(path, length):
-    """All patterns, token by token."""
+    """All patterns, token by token, for the first and the last of four heads."""
     plt = pyplot()
     names = sorted(rules(), key=lambda n: (list(SHOWN).index(n) if n in SHOWN else len(SHOWN), n))
     columns = min(5, len(names))
     figure, axes = plt.subplots(
-        math.ceil(len(names) / columns), columns, figsize=(2 * columns, 2.25 * math.ceil(len(names) / columns)), dpi=144
+        math.ceil(len(names) / columns), columns, figsize=(2 * columns, 0.3 + 2.25 * math.ceil(len(names) / columns)), dpi=144
     )
     for ax in np.ravel(axes):
         ax.axis("off")
     for ax, name in zip(np.ravel(axes), names):
         rule = plugins.place(plugins.parse("attention", SHOWN.get(name, name)), layer=0, n_layer=1, n_head=4, n_kv_head=4)
-        ax.imshow(picture([seen(rule, length, 0), seen(rule, length, 3)]), interpolation="nearest")
+        ax.imshow(picture(seen(rule, length, 0), seen(rule, length, 3)), interpolation="nearest")
         ax.set_title(name, fontsize=10, color=INK, family="monospace")
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.93, 0.06, 0.14)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (BOTH, FIRST, LAST)]
+    said = ["seen by every head", "by the first heads only", "by the last heads only"]
+    figure.legend(patches, said, loc="lower right", ncols=3, frameon=False, fontsize=9, labelcolor=INK, handlelength=1, handleheight=1)
+    figure.subplots_adjust(0.01, 0.07, 0.99, 0.94, 0.06, 0.16)
     save(figure, path)
     plt.close(figure)
 

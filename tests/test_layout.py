@@ -83,7 +83,7 @@ def compare(rule, q, k, block, begin=None, always=0, head=0, exact=False):
     return loose.sum()
 
 
-# ---------------------------------------------------------------- exact against the mask
+# exact against the mask
 
 
 @pytest.mark.parametrize("start", [0, 2**20 - 77, FAR - 300], ids=["near 0", "near 2^20", "near 2^22"])
@@ -147,7 +147,7 @@ def test_nothing_at_all(name):
         assert found.full == found.partial == 0 and len(found.rows.items) == 0
 
 
-# ---------------------------------------------------------------- heads
+# heads
 
 
 @every_rule
@@ -172,7 +172,7 @@ def test_how_many_layouts_there_are():
     assert behaviours(parse("dilated:heads=1"), HEADS) == (0, 1, 1, 1) and Span.heard is None
 
 
-# ---------------------------------------------------------------- speed, memory, cache
+# speed, memory, cache
 
 
 def best(f, times=4):
@@ -243,7 +243,7 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     assert isinstance(layout(parse("full"), (0, 999), (0, 999), 8), Layout) and len(module.recent) == 1
 
 
-# ---------------------------------------------------------------- intervals
+# intervals
 
 
 def test_spans_contain_every_value_and_little_else():
@@ -282,7 +282,7 @@ def test_spans_contain_every_value_and_little_else():
                     assert not exact or (got.lo, got.hi) == (true.min(), true.max()), name
 
 
-# ---------------------------------------------------------------- what the rule says of the future and of a whole length
+# what the rule says of the future and of a whole length
 
 
 @pytest.mark.parametrize("after", [40, 2**20 + 3])
