@@ -30,7 +30,7 @@ def allowed(q, k, h, o):
 def link(i, h, t, o):
     """The block that the t-th link of block i leads to: a hash below 2^30, made of squares modulo primes below 2^15."""
     c = h * 977 + t * 131 + o.layer * 3571 + o.seed * 7919
-    x = (i + i // 32749 * 17 + c) % 32749
+    x = (i + c) % 32749
     y = (x * x + c) % 32719
     z = (y * y + x) % 32749
     # the modulus 2^22 only keeps padding, which stands before block 0, from dividing by zero

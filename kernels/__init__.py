@@ -48,4 +48,4 @@ def causal(q_at, k_at, T, N, rule, begin):
     """Is this plain causal attention of the last T of N consecutive tokens? Known on the host, or not at all."""
     if begin is not None or q_at.first is None or k_at.first is None or q_at.first + T != k_at.first + N:
         return False
-    return rule.name == "full" or is_causal(rule, N, k_at.first, T)
+    return rule.name == "full" or is_causal(rule, N, k_at.first)

@@ -148,15 +148,14 @@ def reach(rule, after, k, begin=0):
     return np.broadcast_to(Truth.of(t).may, k.shape) & (k >= begin)
 
 
-def is_causal(rule, n, first=0, last=None):
-    """Is the rule plain causal attention for n consecutive keys from position `first` and, as queries, the last `last` of them
-    (None: all)? It never says yes wrongly: a window must hold n tokens, local blocks must hold them all in one.
+def is_causal(rule, n, first=0):
+    """Is the rule plain causal attention for n consecutive tokens from position `first`?
 
+    It never says yes wrongly: a window must hold n tokens, local blocks must hold them all in one.
     Ints only and nothing remembered, a few microseconds: this is asked at every call, and a compiler traces through it.
     """
-    end = first + n - 1
-    k = Span(first, end)
-    q = Span(first if last is None else end - last + 1, end, above=k)
+    k = Span(first, first + n - 1)
+    q = Span(first, first + n - 1, above=k)
     return bool(Truth.of(rule.module.allowed(q, k, Span(0, HEADS), rule.options)).must)
 
 
@@ -315,8 +314,7 @@ def judge(rule, q, k, j, size, always, head):
         at, keys = (Span(np.maximum(x.lo - b.hi, 0), np.maximum(x.hi - b.lo, 0)) for x in (at, keys))
     exempt = Truth((j + 1) * size <= always, j * size < always)
     t = (rule.module.allowed(at, keys, head, rule.options) | exempt) & causal & own
-    # an empty block's span is upside down
-    t = t & ((q[1] >= 0) & (k[1] >= 0))
+    # an empty block's span is upside down, so nothing in it may be causal
     return Truth(t.must & (k[2] == 1), t.may)
 
 

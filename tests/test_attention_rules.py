@@ -120,6 +120,18 @@ def test_bigbird_draws_from_the_past_alone():
         assert (to >= 0).all() and (to <= i).all()
 
 
+@pytest.mark.parametrize("framework", ["numpy", "torch", "mlx.core"])
+def test_bigbird_links_fit_32_bits(framework):
+    """Frameworks and Triton reckon in int32: the largest layers, heads and seeds give what int64 gives, at every block up to 2^22."""
+    xp, module = pytest.importorskip(framework), plugins.load("attention", "bigbird")
+    i, h = np.concatenate([np.arange(3000), FAR - 1 - np.arange(3000) * 1397 % FAR]), np.array([[0], [7], [1023]])
+    array = lambda x: (xp.array if framework == "mlx.core" else xp.asarray)(x.astype("int32"))
+    for o in (parse("bigbird:seed=65535", layer=1023).options, parse("bigbird").options):
+        for t in (0, 3, 100):
+            got = np.array(module.link(array(i), array(h), t, o).tolist())
+            np.testing.assert_array_equal(got, module.link(i, h, t, o))
+
+
 def test_bigbird_links_do_not_move_with_the_length():
     """Decoding at any length must see what training saw: the rows of a longer text's layout begin as the shorter one's."""
     rule = parse("bigbird:block=16,window=1,n_global=0", layer=3)
@@ -233,6 +245,8 @@ def test_a_drawing_in_the_terminal(capsys):
     assert out.splitlines()[:6] == ["▒", "█▒", "██▒", "▒██▒"[:4], "·▒█▒", "··▒█▒"] or out.splitlines()[:3] == ["▒", "█▒", "▒█▒"]
     see = seen(parse("window:window=9"), 24)
     assert f"density  {see.sum() / (24 * 25 / 2):.2%}" in out
+    # 15 of 21 blocks on and below the diagonal
+    assert "work     71.43%" in out and "1.4 times less" in out
 
 
 def test_a_drawing_counts_what_the_layout_holds(capsys):
@@ -240,6 +254,12 @@ def test_a_drawing_counts_what_the_layout_holds(capsys):
     found = layout(parse("longformer:window=512,n_global=16"), (0, 4096), (0, 4096), 64)
     assert f"{found.full} full, {found.partial} partial, {64 * 64 - found.full - found.partial} empty" in out
     assert all(len(line) <= 64 for line in out.splitlines()[:64])
+
+
+def test_a_character_shows_all_of_its_blocks(capsys):
+    """Each token sees the one before: in squares of two by two, the one beside the diagonal holds a single pair."""
+    lines = drawn(capsys, "window:window=2", "--length", 128, "--block", 1).splitlines()
+    assert lines[:4] == ["▒", "▒▒", "·▒▒", "··▒▒"] and len(lines[63]) == 64
 
 
 def test_long_patterns_fit_the_terminal(capsys):
