@@ -14,7 +14,8 @@ import errors
 import plugins
 from cli import whole
 from errors import Refused
-from kernels.layout import FAR, layout
+from kernels.layout import layout
+from kernels.spans import FAR
 
 COLUMNS = 64  # of the terminal
 LIMIT = 1 << 18  # tokens of a drawn pattern

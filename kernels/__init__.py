@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import ops
 from kernels import dense
-from kernels.layout import is_causal
+from kernels.spans import is_causal
 
 ENGINE = os.environ.get("NANOLONG_KERNEL", "auto")
 

@@ -22,164 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FAR = 1 << 22  # positions stay below this
-HEADS = 1 << 10  # and heads below this
-
-
-class Span:
-    """Integers between lo and hi, inclusive; both are ints or arrays of one shape. Divisors must be positive.
-
-    Operators only, like the rules themselves: with ints a compiler can trace through, with arrays numpy reads many spans at once.
-    """
-
-    heard = None  # a list while someone listens: every plain number that meets a span
-
-    def __init__(self, lo, hi, above=None):
-        # above: a span of keys, each known to be at most its query, which is in this one
-        self.lo, self.hi, self.above = lo, hi, above
-
-    @staticmethod
-    def of(x):
-        if isinstance(x, Span):
-            return x
-        if Span.heard is not None:
-            Span.heard.append(x)
-        return Span(x, x)
-
-    def __add__(a, b):
-        b = Span.of(b)
-        return Span(a.lo + b.lo, a.hi + b.hi)
-
-    def __sub__(a, b):
-        b = Span.of(b)
-        least = a.lo - b.hi
-        return Span(least * (least > 0) if a.above is b else least, a.hi - b.lo)
-
-    def __rsub__(a, b):
-        return Span.of(b) - a
-
-    def __neg__(a):
-        return 0 - a
-
-    def __mul__(a, b):
-        b = Span.of(b)
-        if b.lo is b.hi:
-            x, y = a.lo * b.lo, a.hi * b.lo
-            return Span(lesser(x, y), -lesser(-x, -y))
-        x, y = a * Span(b.lo, b.lo), a * Span(b.hi, b.hi)
-        return Span(lesser(x.lo, y.lo), -lesser(-x.hi, -y.hi))
-
-    def __floordiv__(a, n):
-        return Span(a.lo // n, a.hi // n)
-
-    def __mod__(a, b):
-        b = Span.of(b)
-        n = -lesser(-b.lo, -1)
-        same = (b.lo == b.hi) & (a.lo // n == a.hi // n)
-        return Span(same * (a.lo % n), b.hi - 1 + same * (a.hi % n - b.hi + 1))
-
-    def __lt__(a, b):
-        b = Span.of(b)
-        return Truth(a.hi < b.lo, a.lo < b.hi)
-
-    def __le__(a, b):
-        b = Span.of(b)
-        return Truth(True, True) if b.above is a else Truth(a.hi <= b.lo, a.lo <= b.hi)
-
-    def __gt__(a, b):
-        return Span.of(b) < a
-
-    def __ge__(a, b):
-        return Span.of(b) <= a
-
-    def __eq__(a, b):
-        b = Span.of(b)
-        return Truth((a.lo == b.hi) & (a.hi == b.lo), (a.lo <= b.hi) & (b.lo <= a.hi))
-
-    def __ne__(a, b):
-        return ~(a == b)
-
-    __radd__, __rmul__, __hash__ = __add__, __mul__, None
-
-
-def lesser(x, y):
-    return y + (x - y) * (x < y)
-
-
-class Truth(NamedTuple):
-    """The answer for a block: `must`, for every pair in it; `may`, for some pair, perhaps."""
-
-    must: np.ndarray
-    may: np.ndarray
-
-    @staticmethod
-    def of(x):
-        if isinstance(x, Truth):
-            return x
-        if Span.heard is not None:
-            Span.heard.append(x)
-        return Truth(x, x)
-
-    def __and__(a, b):
-        b = Truth.of(b)
-        return Truth(a.must & b.must, a.may & b.may)
-
-    def __or__(a, b):
-        b = Truth.of(b)
-        return Truth(a.must | b.must, a.may | b.may)
-
-    def __invert__(a):
-        return Truth(a.may ^ True, a.must ^ True)
-
-    __rand__, __ror__ = __and__, __or__
-
-
-# what a rule says of the future, of a whole length, and of heads
-
-
-def reach(rule, after, k, begin=0):
-    """Which remembered keys may any later query see? bool like k, an integer array of positions.
-
-    after: the position of the next query, the first that is still to come; begin: where its document begins. It never says
-    no wrongly; it may say yes where the rule can only be settled query by query (random links).
-    """
-    k = np.asarray(k, dtype=np.int64)
-    t = rule.module.allowed(Span(after - begin, FAR), Span(k - begin, k - begin), Span(0, HEADS), rule.options)
-    return np.broadcast_to(Truth.of(t).may, k.shape) & (k >= begin)
-
-
-def is_causal(rule, n, first=0):
-    """Is the rule plain causal attention for n consecutive tokens from position `first`?
-
-    It never says yes wrongly: a window must hold n tokens, local blocks must hold them all in one.
-    Ints only and nothing remembered, a few microseconds: this is asked at every call, and a compiler traces through it.
-    """
-    k = Span(first, first + n - 1)
-    q = Span(first, first + n - 1, above=k)
-    return bool(Truth.of(rule.module.allowed(q, k, Span(0, HEADS), rule.options)).must)
-
-
-@functools.lru_cache(maxsize=256)
-def behaviours(rule, heads):
-    """For every head the first head that behaves as it does, [heads]: rules that do not read h give zeros.
-
-    A rule is operators only, so what it makes of the head alone is a few plain numbers, and these, as they meet the
-    positions, are all that can tell one head from another.
-    """
-    first = {}
-    return tuple(first.setdefault(traits(rule, h), h) for h in range(heads))
-
-
-def traits(rule, h):
-    Span.heard = []
-    try:
-        rule.module.allowed(Span(0, FAR), Span(0, FAR), h, rule.options)
-        return tuple(Span.heard)
-    finally:
-        Span.heard = None
-
-
-# layouts
+from kernels.spans import FAR, Span, Truth, behaviours
 
 
 class Lists(NamedTuple):
@@ -263,20 +106,24 @@ def layouts(rule, q, k, block=128, begin=None, always=0, heads=1):
 
 def summary(at, block, begin=None):
     """All that a layout reads of positions, for each block of them: smallest and largest position (largest -1: all empty), is it
-    whole, smallest and largest `begin`. int64 [5, blocks]."""
+    whole, smallest and largest `begin`, are these the only two. int64 [6, blocks]."""
     if isinstance(at, tuple) and (begin is None or isinstance(begin, int)):
         first, n = at
         lo = first + np.arange(0, n, block)
         hi = np.minimum(lo + block, first + n) - 1
         b = np.full_like(lo, begin or 0)
-        return np.stack([lo, hi, hi - lo + 1 == block, b, b])
+        return np.stack([lo, hi, hi - lo + 1 == block, b, b, b >= 0])
     at = np.arange(at[0], at[0] + at[1]) if isinstance(at, tuple) else np.asarray(at, dtype=np.int64)
     begin = np.broadcast_to(0 if begin is None else np.asarray(begin, dtype=np.int64), at.shape)
     cut, none = np.arange(0, len(at), block), FAR * 2
     least = lambda x: np.minimum.reduceat(np.where(at < 0, none, x), cut)
     most = lambda x: np.maximum.reduceat(np.where(at < 0, -1, x), cut)
     whole = np.add.reduceat((at >= 0).astype(np.int64), cut) == block
-    return np.stack([least(at), most(at), whole, least(begin), most(begin)]) if len(at) else np.zeros((5, 0), np.int64)
+    if not len(at):
+        return np.zeros((6, 0), np.int64)
+    b, c = least(begin), most(begin)
+    inner = (begin != np.repeat(b, block)[: len(at)]) & (begin != np.repeat(c, block)[: len(at)]) & (at >= 0)
+    return np.stack([least(at), most(at), whole, b, c, np.add.reduceat(inner.astype(np.int64), cut) == 0])
 
 
 def find(rule, qs, ks, block, always, head):
@@ -301,21 +148,33 @@ def pyramid(x):
     while levels[-1].shape[1] > 1:
         cut = np.arange(0, levels[-1].shape[1], 2)
         least, most = (f.reduceat(levels[-1], cut, 1) for f in (np.minimum, np.maximum))
-        levels.append(np.stack([least[0], most[1], least[2], least[3], most[4]]))
+        two = least[5] & (least[3] == most[3]) & (least[4] == most[4])
+        levels.append(np.stack([least[0], most[1], least[2], least[3], most[4], two]))
     return levels
 
 
 def judge(rule, q, k, j, size, always, head):
-    """The Truth of blocks with summaries q, k [5, m]; key block number j holds the keys size * j up to size * (j + 1)."""
-    at, keys, b = Span(q[0], q[1]), Span(k[0], k[1]), Span(q[3], q[4])
-    causal, own = keys <= at, keys >= b
-    if q[4].any():
-        # what is clipped here lies before the document, where `own` says no
-        at, keys = (Span(np.maximum(x.lo - b.hi, 0), np.maximum(x.hi - b.lo, 0)) for x in (at, keys))
+    """The Truth of blocks with summaries q, k [6, m]; key block number j holds the keys size * j up to size * (j + 1)."""
     exempt = Truth((j + 1) * size <= always, j * size < always)
-    t = (rule.module.allowed(at, keys, head, rule.options) | exempt) & causal & own
+    # most blocks lie in one document or two: then each is asked for itself, else all that begin in between at once
+    b, c, two = q[3], q[4], q[5] == 1
+    t = of_document(rule, q, k, Span(b, np.where(two, b, c)), exempt, head)
+    if (b < c).any():
+        u = of_document(rule, q, k, Span(np.where(two, c, b), c), exempt, head)
+        t = Truth(t.must & u.must, t.may | u.may)
     # an empty block's span is upside down, so nothing in it may be causal
+    t = t & (Span(k[0], k[1]) <= Span(q[0], q[1]))
     return Truth(t.must & (k[2] == 1), t.may)
+
+
+def of_document(rule, q, k, begin, exempt, head):
+    """The Truth of blocks for queries whose document begins at `begin`, a Span."""
+    at, keys = Span(q[0], q[1]), Span(k[0], k[1])
+    own = keys >= begin
+    if begin.hi.any():
+        # what is clipped here lies before the document, where `own` says no
+        at, keys = (Span(np.maximum(x.lo - begin.hi, 0), np.maximum(x.hi - begin.lo, 0)) for x in (at, keys))
+    return (rule.module.allowed(at, keys, head, rule.options) | exempt) & own
 
 
 def search(rule, qs, ks, size, always, head):
@@ -353,17 +212,20 @@ def linked(rule, q, ks, head):
     """
     o, (size, count) = rule.options, rule.module.LINKS
     size, count = getattr(o, size), getattr(o, count)
-    live = np.flatnonzero(q[1] >= 0)
-    first, last = (np.maximum(x[live], 0) // size for x in (q[0] - q[4], q[1] - q[3]))
+    # as in judge(): blocks of one document or two ask for each, the others for all that begin in between
+    b, c, two = q[3], q[4], q[5] == 1
+    row, second = np.flatnonzero(q[1] >= 0), np.flatnonzero((q[1] >= 0) & two & (b < c))
+    row, b, c = (np.concatenate(x) for x in ((row, second), (b[row], c[second]), (np.where(two, b, c)[row], c[second])))
+    first, last = np.maximum(q[0][row] - c, 0) // size, np.maximum(q[1][row] - b, 0) // size
     n = last - first + 1
-    if n.sum() > 64 * (len(n) + FAR // size):
+    if n.sum() > 1 << 21:
         return None
-    row = np.repeat(live, n)
     i = np.repeat(first - np.cumsum(n) + n, n) + np.arange(n.sum())
+    row, b, c = (np.repeat(x, n) for x in (row, b, c))
     found = [np.zeros(0, np.int64)]
     for t in range(count):
         lo = rule.module.link(i, head, t, o) * size
-        found.append(meeting(row, lo + q[3][row], lo + size - 1 + q[4][row], ks))
+        found.append(meeting(row, lo + b, lo + size - 1 + c, ks))
     return np.unique(np.concatenate(found))
 
 

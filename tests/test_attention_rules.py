@@ -10,7 +10,8 @@ import pytest
 
 import plugins
 from errors import Refused
-from kernels.layout import FAR, Span, Truth, layout
+from kernels.layout import layout
+from kernels.spans import FAR, Span, Truth
 
 RULES = [name for name in plugins.names("attention") if hasattr(plugins.load("attention", name), "allowed")]
 every_rule = pytest.mark.parametrize("name", RULES)

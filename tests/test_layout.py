@@ -1,4 +1,4 @@
-"""kernels/layout.py against the mask itself, block for block, at random options, odd lengths, far positions, holes and documents."""
+"""Layouts against the mask itself, block for block, at random options, odd lengths, far positions, holes and documents; and spans."""
 
 import dataclasses
 import time
@@ -10,7 +10,8 @@ import pytest
 import kernels
 import plugins
 from kernels import layout as module
-from kernels.layout import FAR, Layout, Span, Truth, behaviours, is_causal, layout, layouts, reach
+from kernels.layout import Layout, layout, layouts
+from kernels.spans import FAR, Span, Truth, behaviours, is_causal, reach
 
 RULES = [name for name in plugins.names("attention") if hasattr(plugins.load("attention", name), "allowed")]
 # rules whose blocks are known exactly, each being one condition besides causality; in the others, partial blocks may be loose
@@ -149,6 +150,27 @@ def test_documents_are_laid_out_as_each_alone(name):
     want = np.zeros_like(packed)
     want[:8, :8] = want[8:, 8:] = alone
     np.testing.assert_array_equal(packed, want)
+
+
+@every_rule
+def test_a_block_of_two_documents_is_tight(name):
+    """Its queries do not list all of the first document's keys because its length is uncertain."""
+    draw = np.random.default_rng(8)
+    for _ in range(10):
+        cut, rule = int(draw.integers(130, 140)), drawn(name, draw)
+        found = drawing(layout(rule, (0, 256), (0, 256), 16, begin=np.where(np.arange(256) < cut, 0, cut), head=1))
+        first = drawing(layout(rule, (0, 144), (0, 144), 16, head=1))
+        assert not ((found[8, :8] > 0) & (first[8, :8] == 0)).any(), rule
+
+
+def test_links_of_scattered_queries():
+    """Queries of one block far apart have too many links to list: they are searched for, and none is missed."""
+    draw = np.random.default_rng(0)
+    q, k = np.sort(draw.choice(FAR, 64)), np.sort(draw.choice(FAR, 300))
+    rule = parse("bigbird:block=1,window=1,n_global=0")
+    k[:50] = rule.module.link(q[:50], 0, 1, rule.options)
+    compare(rule, q, np.sort(k), (16, 4))
+    assert mask(rule, q, k).sum() >= 50
 
 
 def test_one_loose_union():
