@@ -125,6 +125,7 @@ def test_holes_and_documents(name, start):
         compare(rule, np.where(np.arange(n) % 60 < 30, at, -1), at, block, head=i % HEADS, exact=name == "full")
         # queries each with a beginning of their own
         compare(rule, at, at, block, start + (np.arange(n) * draw.random(n)).astype(int), head=i % HEADS)
+        compare(rule, at, at, block, start + np.arange(n) % draw.integers(2, 4) * (np.arange(n) // 5), head=i % HEADS)
 
 
 @pytest.mark.parametrize("start", [0, 2**20 - 77], ids=["near 0", "near 2^20"])
@@ -137,7 +138,8 @@ def test_random_links_are_all_listed(start):
         block, at = tuple(int(b) for b in draw.choice([8, 16, 64], 2)), start + np.arange(n)
         # far out, links lead to keys near the start as well
         keys = at if not start else np.concatenate([np.arange(20000, 20300), at])
-        begin = start + np.arange(n) // 90 * 90 if i % 2 else None
+        # one document; several in a row; two that take turns
+        begin = (None, start + np.arange(n) // 90 * 90, start + np.minimum(np.arange(n) % 2 * 61, np.arange(n)))[i % 3]
         compare(rule, at, keys, block, begin, head=i % HEADS)
 
 
