@@ -211,8 +211,9 @@ class Block(Module):
 class Decoder(Module):
     def __init__(self, c):
         super().__init__()
-        L = c.num_hidden_layers
-        rules, memories, schemes = (plugins.tile(*what, L) for what in (("attention", c.attn), ("memory", c.memory), ("positions", c.pos)))
+        L, heads = c.num_hidden_layers, {"n_head": c.num_attention_heads, "n_kv_head": c.num_key_value_heads}
+        chosen = ("attention", c.attn), ("memory", c.memory), ("positions", c.pos)
+        rules, memories, schemes = (plugins.tile(*what, L, **heads) for what in chosen)
         distinct = list(dict.fromkeys((p.name, p.options) for p in schemes))
         self.embed_tokens = ops.Embedding(c.vocab_size, c.hidden_size)
         self.layers = ModuleList([Block(c, rule, build(m, "Memory", c)) for rule, m in zip(rules, memories)])

@@ -4,8 +4,8 @@
     a/b:key=value/b                   a pattern, tiled over the layers
 
 A mechanism's file may hold a plain `class Options` of annotated defaults; here it becomes a frozen dataclass, and it is
-all that the parser needs, so a new option or a new file needs no other edit. Two fields are filled in by the model when
-a mechanism declares them: `layer` (the layer's index) and `n_layer`.
+all that the parser needs, so a new option or a new file needs no other edit. Four fields are filled in by the model when
+a mechanism declares them: `layer` (the layer's index), `n_layer`, and how many query and key heads there are.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from errors import Refused
 
 ROOT = Path(__file__).parent
 FOLDERS = {"attention": "--attn", "positions": "--pos", "memory": "--memory", "adapters": "--adapter"}
-FILLED_IN = ("layer", "n_layer")
+FILLED_IN = ("layer", "n_layer", "n_head", "n_kv_head")
 
 
 class Plugin(NamedTuple):
@@ -102,15 +102,16 @@ def number(text):
     return int(text[:-1] if unit > 1 else text) * unit
 
 
-def tile(folder, spec, n_layer):
-    """A pattern tiled over depth: one Plugin a layer, `layer` and `n_layer` filled in where a mechanism declares them."""
+def tile(folder, spec, n_layer, **heads):
+    """A pattern tiled over depth: one Plugin a layer, with `layer`, `n_layer` and heads (n_head, n_kv_head) filled in where a
+    mechanism declares them."""
     pattern = [parse(folder, part) for part in spec.split("/")]
     if len(pattern) > n_layer:
         raise Refused(f"{FOLDERS[folder]} {spec} names {len(pattern)} layers, but the model has {n_layer}: give at most that many")
-    return [place(pattern[i % len(pattern)], i, n_layer) for i in range(n_layer)]
+    return [place(pattern[i % len(pattern)], layer=i, n_layer=n_layer, **heads) for i in range(n_layer)]
 
 
-def place(plugin, layer, n_layer):
-    here = {"layer": layer, "n_layer": n_layer}
+def place(plugin, **here):
+    """The mechanism where it stands: of FILLED_IN what it declares."""
     declared = {f.name for f in dataclasses.fields(plugin.options)} & here.keys()
     return plugin._replace(options=dataclasses.replace(plugin.options, **{k: here[k] for k in declared}))

@@ -5,5 +5,9 @@ A pattern is one function of integers, operators only:
     def allowed(q, k, h, o)     # positions of query and key (in their document), head index, options -> bool
 
 It is read on numpy arrays (the oracle of the tests), on torch tensors and MLX arrays (masks), by Triton (inside the kernel)
-and on intervals (block layouts), so a pattern's file imports nothing.
+and on intervals (block layouts, kernels/spans.py), so a pattern's file imports nothing; what it reckons stays below 2^31 at
+positions up to 2^22, and divisors are positive. It may call functions of its own file. Besides `Options` and `check(o)`, a file may
+say TRAINING_ONLY = True, or LINKS: that some links are random and how to list them (bigbird.py).
+
+    python -m attention longformer:window=512 --length 4096     # draws a pattern
 """

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import ops
 from kernels import dense
+from kernels.spans import is_causal
 
 ENGINE = os.environ.get("NANOLONG_KERNEL", "auto")
 
@@ -46,6 +47,6 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
 
 def causal(q_at, k_at, T, N, rule, begin):
     """Is this plain causal attention of the last T of N consecutive tokens? Known on the host, or not at all."""
-    if rule.name != "full" or begin is not None or q_at.first is None or k_at.first is None:
+    if begin is not None or q_at.first is None or k_at.first is None or q_at.first + T != k_at.first + N:
         return False
-    return q_at.first + T == k_at.first + N
+    return rule.name == "full" or is_causal(rule, N, k_at.first)
