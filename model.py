@@ -165,7 +165,8 @@ class Attention(Module):
         self.k_proj = ops.Linear(c.hidden_size, self.K * self.D, c.attention_bias)
         self.v_proj = ops.Linear(c.hidden_size, self.K * self.D, c.attention_bias)
         self.o_proj = ops.Linear(self.H * self.D, c.hidden_size, c.attention_bias)
-        self.rule, self.memory = rule, memory
+        self.asked = self.rule = rule
+        self.memory = memory
 
     def heads(self, x):  # [B, T, heads * D] -> [B, heads, T, D]
         return ops.swap(x.reshape(x.shape[0], x.shape[1], -1, self.D), 1, 2)
@@ -222,6 +223,13 @@ class Decoder(Module):
         self.positions = ModuleList([build(next(p for p in schemes if (p.name, p.options) == d), "Position", c) for d in distinct])
         self.feels = tuple(distinct.index((p.name, p.options)) for p in schemes)
         self.run = ops.call  # how a block is called: compiled, or recomputed in the backward pass (ops.fast_call, ops.checkpoint)
+
+    def patterns(self, training):
+        """Patterns made for training only (LongLoRA's s2) stand in training alone: in use, such a layer attends fully."""
+        for block in self.layers:
+            attn = block.self_attn
+            aside = not training and getattr(attn.asked.module, "TRAINING_ONLY", False)
+            attn.rule = plugins.parse("attention", "full") if aside else attn.asked
 
     def forward(self, x, at, begin, close, states):
         """x [B, T, C] -> [B, T, C] and the layers' new states."""
@@ -341,6 +349,7 @@ def load(folder, attn=None, pos=None, memory=None, adapter=None, dtype=None, dev
     if missing:
         raise Refused(f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} for one: is the download complete?")
     chosen.module.apply(model, chosen.options)
+    model.model.patterns(training=False)
     return model, tokenizers.load(folder)
 
 

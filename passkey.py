@@ -71,8 +71,7 @@ def passkey(session, tokenizer, length, depth, key, seen=False):
         logits = session.read(text + question, ANSWER)
     else:
         session.read(text, len(question) + ANSWER)
-        logits = session.read(question)
-    session.ready(ANSWER)
+        logits = session.read(question, ANSWER)
     out = [int(ops.argmax(logits))]
     while out[-1] not in tokenizer.eos_ids and len(out) < ANSWER:
         out.append(int(ops.argmax(session.step(out[-1]))))

@@ -164,6 +164,7 @@ def build(a, config, source, fresh):
     frozen = {n: p for n, p in ops.parameters(model).items() if not adapter.module.trains(n, adapter.options)}
     ops.set_parameters(model, {n: ops.cast(p, model.dtype) for n, p in frozen.items()})
     ops.freeze(model, set(frozen))
+    model.model.patterns(training=True)
     # read now: a checkpoint that is read lazily may be pruned before its first use
     ops.wait(ops.parameters(model))
     return model, tokenizer
@@ -212,11 +213,13 @@ def lr_at(step, a):
 def evaluate(model, corpus, a):
     """Loss in nats a token over the first rows of the held-out corpus."""
     lost, tokens = 0.0, 0
+    model.model.patterns(training=False)
     with ops.no_grad():
         rows = data.Batches(corpus, a.micro, a.length, shuffle=False).one_epoch(a.valid_rows)
         for batch in tqdm(rows, "validation", -(-a.valid_rows // a.micro), leave=False, dynamic_ncols=True):
             lost += nats(model, batch).item()
             tokens += int((batch.targets >= 0).sum())
+    model.model.patterns(training=True)
     return lost / max(1, tokens)
 
 

@@ -36,6 +36,7 @@ def test_every_mechanism_survives(folder, name, tmp_path, tokenizer_files):
     model = tiny(**{flag: small(folder, name)})
     save(model, tmp_path / "one", tokenizer_files)
     again, tokenizer = load(tmp_path / "one", dtype="float32")
+    again.model.patterns(training=True)
     same(weights(model), weights(again))
     np.testing.assert_array_equal(run(model, text(20), [[8], [12]]), run(again, text(20), [[8], [12]]))
     save(again, tmp_path / "two", tmp_path / "one")
@@ -134,3 +135,15 @@ def edit(folder, **changes):
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_training_pattern_is_for_training(tmp_path, tokenizer_files):
+    """LongLoRA's s2 is evaluated and used with full attention; the checkpoint remembers what it was trained with."""
+    model = tiny("s2:group=8")
+    save(model, tmp_path / "m", tokenizer_files)
+    loaded, _ = load(tmp_path / "m", dtype="float32", device="cpu")
+    tokens = text(24)
+    assert loaded.config.attn == "s2:group=8"
+    assert apart(run(loaded, tokens), run(tiny("full"), tokens)) < 1e-5
+    loaded.model.patterns(training=True)
+    assert apart(run(loaded, tokens), run(model, tokens)) < 1e-5 < 0.1 < apart(run(model, tokens), run(tiny("full"), tokens))
