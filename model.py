@@ -395,15 +395,17 @@ def save(model, folder, source=None):
     """Write a checkpoint folder that transformers and mlx-lm open: config.json, model.safetensors (the memories' own parameters
     in nanolong.safetensors), and the tokenizer's files copied from the folder `source`. The folder appears whole or not at all."""
     folder = Path(folder)
-    partial = folder.with_name(folder.name + f".partial-{os.getpid()}")
+    partial, before = (folder.with_name(f"{folder.name}.{what}-{os.getpid()}") for what in ("partial", "before"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         write(model, partial, source)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, before)
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def write(model, folder, source=None):

@@ -371,8 +371,8 @@ def advance(n, by):
 
 def static(step, state, flags):
     """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (token, flag) that keeps the state in
-    `.state`; x is the token as [1, 1]. On a GPU each flag's step is compiled."""
-    return eager(mx.compile(step) if on_gpu() else step, state, flags)
+    `.state`; x is the token as [1, 1]. On Metal each flag's step is compiled; on CUDA MLX makes graphs of its own."""
+    return eager(mx.compile(step) if mx.metal.is_available() and on_gpu() else step, state, flags)
 
 
 def eager(step, state, flags=(False, True)):

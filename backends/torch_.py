@@ -1,5 +1,7 @@
 """PyTorch behind the names of ops. Mirrored, name for name and in the same order, by mlx_.py."""
 
+import os
+
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -277,6 +279,8 @@ def read_safetensors(path):
 
 def write_safetensors(path, arrays):
     safetensors.torch.save_file({k: v.detach().contiguous() for k, v in arrays.items()}, path, metadata={"format": "pt"})
+    # the library leaves the file to its owner alone
+    os.chmod(path, 0o644)
 
 
 # training
