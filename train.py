@@ -266,6 +266,7 @@ def train(a, saved):
             bar.set_postfix_str(f"loss {loss:.3f}, {n / seconds:.0f} tokens/s, peak {peak / 2**30:.1f} GiB")
             if last or step % a.eval_every == 0:
                 metrics.add(step=step, valid_loss=evaluate(model, held_out, a))
+                tqdm.write(f"step {step}: validation loss {metrics.lines[-1]['valid_loss']:.4f}")
                 if not math.isfinite(metrics.lines[-1]["valid_loss"]):
                     raise rundir.Stop(f"step {step}: the validation loss is not finite any more{rundir.last_good(out)}")
             stop = leave()

@@ -4,8 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 MODEL=checkpoints/SmolLM2-135M-Instruct
-TEXT=$(python -c 'import heapq; print(heapq.__file__)')
-QUESTION='The text above is the source code of a Python module. What is the module for?'
+TEXT=$(python -c 'import textwrap; print(textwrap.__file__)')
+QUESTION='Summarize what the Python code above does, in two sentences.'
 
 run() { # the command as you would type it, then what it says
     printf '\n\033[1m$'
