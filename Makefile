@@ -35,7 +35,7 @@ lint: .venv/lint
 
 .venv/test: .venv/base
 	$(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q "$(MLX)" transformers mlx-lm pytest
+	$(PY) -m pip install -q "$(MLX)" transformers accelerate mlx-lm pytest
 	touch $@
 
 .venv/lint: .venv/base

