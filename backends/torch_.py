@@ -168,6 +168,53 @@ def put(x, new, n):
     return x.index_copy_(2, n + torch.arange(new.shape[2], device=x.device), new.to(x.dtype))
 
 
+def entries(x, i, axis):
+    """The entries i [n] along an axis."""
+    return x.index_select(axis, i)
+
+
+def add(x, i, y):
+    """x with y added to its entries i [n] of axis 1; in place: x must be the caller's own."""
+    return x.index_add_(1, i, y.to(x.dtype))
+
+
+def after(x, done):
+    """x, once `done` is computed: keeps lazy work from piling up."""
+    return x
+
+
+def mark(*xs):
+    """What `after` may wait for in the place of these arrays, so that they can still be written in place."""
+    return None
+
+
+def custom(forward, backward):
+    """forward(*xs) -> y as a function whose gradients are backward(*xs, y, dy)."""
+
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *xs):
+            y = forward(*xs)
+            ctx.save_for_backward(*xs, y)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            return backward(*ctx.saved_tensors, dy)
+
+    return Custom.apply
+
+
+def tracing():
+    """Is a compiler reading along that cannot follow work on the host?"""
+    return torch.compiler.is_compiling()
+
+
+def known(x):
+    """The array as numpy, or None inside a traced function, where it has no values yet."""
+    return None if tracing() else numpy(x)
+
+
 _turns = {}
 
 
