@@ -19,11 +19,6 @@ every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda s: s.partition(":
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
-@pytest.fixture
-def use(monkeypatch):
-    return lambda engine: monkeypatch.setattr(kernels, "ENGINE", engine)
-
-
 def inputs(B, H, K, T, N, D, seed=0, dtype="float32"):
     draw = np.random.default_rng(seed)
     return [
