@@ -165,6 +165,6 @@ print(json.dumps(took))
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_memory_grows_linearly(direction):
-    """Far below one array of scores (1 GB at 8192 for 4 heads), and below what grows with the square from a quarter the length."""
+    """A mask array alone would take 67 MB at 8192, scores 1 GB; four times the length takes about four times the memory."""
     took = json.loads(python(PEAK, ops.BACKEND, direction, OMP_NUM_THREADS="1"))
-    assert took["8192"] < 80e6, took
+    assert took["8192"] < 40e6 and took["8192"] < 8 * max(took["2048"], 3e6), took
