@@ -24,8 +24,8 @@ BLOCK = 64, 32  # tokens in a block of queries, of keys
 
 
 def stacked():
-    """Scores of one head that may live at once: a CPU is best served block by block, a GPU by few large calls."""
-    return 1 << 22 if ops.on_gpu() else 1
+    """Scores that may live at once: a CPU is best served block by block, a GPU by few large calls."""
+    return 1 << 25 if ops.on_gpu() else 1
 
 
 class Group(NamedTuple):
@@ -47,7 +47,7 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     begin = begin[:1] if docs is not None and len(docs) == 1 else begin
     layouts = found(rule, (q_at.first, q.shape[2]), (k_at.first, N), docs, always, opening, H)
     groups = grouped(layouts, behaviours(rule, H), k.shape[1])
-    plan = list(stripes(groups, q.shape[2], stacked()))
+    room = stacked() // (q.shape[0] * H)
 
     def seen(a, b, cols, head):
         """May the queries a..b see these keys? bool [s, 1 or B, r, c]; cols int [s, c] counts keys, -1 where there is none."""
@@ -60,7 +60,7 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
         first = 0 if begin is None else ops.swap(begin[:, 0, a:b].reshape(begin.shape[0], s, -1, 1), 0, 1)
         return dense.sees(ops.array(at.astype("int32")), where, first, head, cols, rule, always, opening)
 
-    return ops.custom(*passes(plan, groups, seen, scale))(q, k, v)
+    return ops.custom(*passes(groups, seen, scale, room))(q, k, v)
 
 
 def documents(begin):
@@ -124,7 +124,7 @@ def table(rows, i, e):
     return out
 
 
-def passes(plan, groups, seen, scale):
+def passes(groups, seen, scale, room):
     """The functions forward(q, k, v) -> y and backward(q, k, v, y, dy) -> dq, dk, dv."""
     size = BLOCK[1]
     order = [h for g in groups for h in g.heads]
@@ -148,10 +148,10 @@ def passes(plan, groups, seen, scale):
     def fold(x, B, g):  # [s, B h, ., .] -> [s, B g, h / g ., .]: queries that share a key head become rows
         return x.reshape(x.shape[0], B * len(g.keys), -1, x.shape[3])
 
-    def steps(N, K):
+    def steps(T, N):
         """The stripes' work, group by group: a, b and [(group, s, where its key blocks lie among all of them, the keys' numbers)]."""
         n = -(-N // size)
-        for a, b, tables in plan:
+        for a, b, tables in stripes(groups, T, room):
             work = []
             for g, blocks in zip(groups, tables):
                 at = np.array(g.keys)[:, None] * n + np.maximum(blocks, 0).ravel()
@@ -173,9 +173,9 @@ def passes(plan, groups, seen, scale):
         return see if see.shape[1] == 1 else ops.repeat(see, len(g.heads), 1)
 
     def forward(q, k, v):
-        B, K, N = k.shape[:3]
+        B, N = k.shape[0], k.shape[2]
         k, v, y, last = in_blocks(k), in_blocks(v), ops.full(q.shape, 0, q.dtype, q), None
-        for a, b, work in steps(N, K):
+        for a, b, work in steps(q.shape[2], N):
             parts = []
             for g, s, at, cols in work:
                 x = ops.after(cut(q, a, b, g, s), last)
@@ -191,7 +191,7 @@ def passes(plan, groups, seen, scale):
         dq = ops.full(q.shape, 0, q.dtype, q)
         dk, dv = (ops.full(x.shape, 0, ops.float32, x) for x in (k, v))
         last, wide = None, lambda x: ops.cast(x, ops.float32)
-        for a, b, work in steps(N, K):
+        for a, b, work in steps(q.shape[2], N):
             parts = []
             for g, s, at, cols in work:
                 x, o, do = (cut(ops.after(t, last), a, b, g, s) for t in (q, y, dy))
@@ -201,11 +201,14 @@ def passes(plan, groups, seen, scale):
                 shape = *x.shape[:3], cols.shape[1]
                 x, o, do = (fold(t, B, g) for t in (x, o, do))
                 keys, values = gather(k, at, g, s), gather(v, at, g, s)
-                scores = wide(x @ ops.swap(keys, 2, 3)) * scale  # [s, B g, h / g r, c]
-                p = fold(ops.softmax(ops.where(see, scores.reshape(shape), -1e30), -1), B, g)
+                scores = wide(x @ ops.swap(keys, 2, 3)).reshape(shape)  # [s, B h, r, c]
+                scores *= scale
+                p = fold(ops.softmax(ops.where(see, scores, -1e30), -1), B, g)
                 dv = scatter(dv, at, ops.swap(ops.cast(p, x.dtype), 2, 3) @ do)
-                p *= wide(do @ ops.swap(values, 2, 3)) - (wide(o) * wide(do)).sum(-1)[..., None]
-                ds = ops.cast(p, x.dtype)
+                ds = wide(do @ ops.swap(values, 2, 3))
+                ds -= (wide(o) * wide(do)).sum(-1)[..., None]
+                ds *= p
+                ds = ops.cast(ds, x.dtype)
                 dk = scatter(dk, at, ops.swap(ds, 2, 3) @ x)
                 parts.append((ds @ keys * scale).reshape(*shape[:3], D))
                 last = ops.mark(parts[-1], dk, dv)

@@ -18,7 +18,7 @@ every_rule = pytest.mark.parametrize("name", RULES)
 
 @pytest.fixture
 def cut(monkeypatch):
-    """Set the blocks' sizes, and how many scores of a head are stacked."""
+    """Set the blocks' sizes, and how many scores are stacked."""
 
     def set_(block, room):
         monkeypatch.setattr(blocks, "BLOCK", block)
@@ -42,7 +42,7 @@ def random_rule(name, i):
     return drawn(name, np.random.default_rng(sum(map(ord, name)) + i))
 
 
-@pytest.mark.parametrize("block, room", [((16, 16), 1), ((32, 16), 3000), ((16, 32), 1 << 30)], ids=["alone", "some", "all at once"])
+@pytest.mark.parametrize("block, room", [((16, 16), 1), ((32, 16), 40000), ((16, 32), 1 << 30)], ids=["alone", "some", "all at once"])
 @every_rule
 def test_blocks_agree(use, cut, name, block, room):
     """Random options; a text, a segment with memory before it, and the same with documents and exempt tokens."""
