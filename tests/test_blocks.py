@@ -11,6 +11,7 @@ from test_layout import RULES, drawn, parse
 
 import kernels
 import ops
+import plugins
 from kernels import Places, blocks
 
 every_rule = pytest.mark.parametrize("name", RULES)
@@ -59,6 +60,15 @@ def test_heads_that_differ(use, cut, spec, H, K):
     """A head of its own, three of four, half of them, over every number of key heads."""
     cut((16, 16), 1)
     agree(use, "blocks", "float32", inputs(2, H, K, 70, 90, 8), at(20, 70), at(0, 90), parse(spec))
+
+
+def test_heads_that_take_turns(use, cut):
+    """Three groups of heads, none of them neighbours in order, over two key heads."""
+    cut((16, 16), 1)
+    allowed = lambda q, k, h, o: (k <= q) & (q - k < 4 + (h * 2) % 3 * 9)
+    module = type("turns", (), {"allowed": staticmethod(allowed)})
+    rule = plugins.Plugin("turns", module, plugins.parse("attention", "full").options)
+    agree(use, "blocks", "float32", inputs(2, 8, 2, 70, 70, 8), at(0, 70), at(0, 70), rule)
 
 
 def test_far_out(use, cut):
@@ -129,6 +139,32 @@ def test_when_blocks_are_chosen(use):
     assert chosen("full", 1024, 1024, begin=begin(512)) and chosen("longformer:window=64", 1024, 1024, begin=begin(10))
     use("blocks")
     assert chosen("longformer:window=4096", 64, 64) and not chosen("longformer:window=64", 1, 4096)
+
+
+@pytest.mark.skipif(ops.BACKEND != "torch", reason="about torch.compile")
+def test_a_compiler_reads_along(use):
+    """Blocks are planned on the host: inside one compiled graph the mask is taken, and nothing breaks the graph."""
+    import torch
+
+    use("auto")
+    arrays, where, rule = inputs(1, 4, 2, 512, 512, 8)[:3], at(0, 512), parse("window:window=20")
+    f = lambda *x: kernels.attend(*x, where, where, rule)
+    assert apart(ops.numpy(torch.compile(f, fullgraph=True, backend="eager")(*arrays)), ops.numpy(f(*arrays))) < 1e-5
+
+
+@pytest.mark.skipif(ops.BACKEND != "mlx", reason="about mx.compile")
+def test_compiled_whole(use):
+    """Loss and gradients in one compiled graph; documents that are only traced there fall back to the mask."""
+    import mlx.core as mx
+
+    use("auto")
+    arrays, where, rule = inputs(1, 4, 2, 512, 512, 8), at(0, 512), parse("window:window=20")
+    begin = ops.array(np.where(np.arange(512) < 200, 0, 200).astype("int32")[None, None])
+    for b in (None, begin):
+        f = lambda q, k, v, w, b: (kernels.attend(q, k, v, where, where, rule, b) * w).sum()
+        g = mx.value_and_grad(f, argnums=(0, 1, 2))
+        (y, got), (z, want) = mx.compile(g)(*arrays, b), g(*arrays, b)
+        assert abs((y - z).item()) < 1e-3 and all(apart(ops.numpy(i), ops.numpy(j)) < 1e-4 for i, j in zip(got, want))
 
 
 PEAK = """
