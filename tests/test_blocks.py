@@ -68,7 +68,7 @@ def test_heads_that_take_turns(use, cut):
     allowed = lambda q, k, h, o: (k <= q) & (q - k < 4 + (h * 2) % 3 * 9)
     module = type("turns", (), {"allowed": staticmethod(allowed)})
     rule = plugins.Plugin("turns", module, plugins.parse("attention", "full").options)
-    agree(use, "blocks", "float32", inputs(2, 8, 2, 70, 70, 8), at(0, 70), at(0, 70), rule)
+    agree(use, "blocks", "float32", inputs(2, 10, 2, 70, 70, 8), at(0, 70), at(0, 70), rule)
 
 
 def test_far_out(use, cut):
