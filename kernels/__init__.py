@@ -85,4 +85,4 @@ def worth():
 def share(rule, q, k, docs, always, opening, heads):
     """The share of all scores that lies in blocks."""
     found = blocks.found(rule, q, k, docs, always, opening, heads)
-    return blocks.area(found, behaviours(rule, heads)) / (q[1] * k[1] * heads)
+    return blocks.area(found, behaviours(rule, heads), q[1]) / (q[1] * k[1] * heads)

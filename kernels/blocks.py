@@ -82,9 +82,9 @@ def found(rule, q, k, docs, always, opening, heads):
     return out
 
 
-def area(layouts, who):
-    """Scores that are computed, of all heads."""
-    return sum(len(layouts[h].pairs) for h in who) * BLOCK[0] * BLOCK[1]
+def area(layouts, who, T):
+    """Scores that are computed, of all heads, for T queries."""
+    return sum(len(layouts[h].pairs) / layouts[h].shape[0] for h in who) * T * BLOCK[1]
 
 
 def grouped(layouts, who, key_heads):
