@@ -190,19 +190,22 @@ def mark(*xs):
 
 def custom(forward, backward):
     """forward(*xs) -> y as a function whose gradients are backward(*xs, y, dy)."""
+    return lambda *xs: _Custom.apply(forward, backward, *xs)
 
-    class Custom(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *xs):
-            y = forward(*xs)
-            ctx.save_for_backward(*xs, y)
-            return y
 
-        @staticmethod
-        def backward(ctx, dy):
-            return backward(*ctx.saved_tensors, dy)
+class _Custom(torch.autograd.Function):
+    # one class for all: a class is part of a cycle, and what it holds would wait for the garbage collector
+    @staticmethod
+    def forward(ctx, forward, backward, *xs):
+        y = forward(*xs)
+        ctx.save_for_backward(*xs, y)
+        ctx.own = backward
+        return y
 
-    return Custom.apply
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return None, None, *ctx.own(*ctx.saved_tensors, dy)
 
 
 def tracing():

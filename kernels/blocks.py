@@ -54,7 +54,7 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
         s = len(cols)
         at = q_at.first + np.arange(a, b).reshape(s, 1, -1, 1)
         cols = ops.array(cols[:, None, None])
-        head = ops.full((1, 1, 1), head, ops.int32, q)
+        head = ops.full((1, 1, 1), head, ops.int32, cols)
         # no key: an empty slot, as everywhere
         where = ops.where(cols < 0, -1, cols + k_at.first)
         first = 0 if begin is None else ops.swap(begin[:, 0, a:b].reshape(begin.shape[0], s, -1, 1), 0, 1)

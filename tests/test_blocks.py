@@ -1,7 +1,9 @@
 """kernels/blocks.py beyond tests/test_engines.py: blocks much smaller than the text, stripes of many blocks, memory before a
 segment, documents that differ between rows, exempt tokens, random options, when it is chosen, and what it costs in memory."""
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -165,6 +167,24 @@ def test_compiled_whole(use):
         g = mx.value_and_grad(f, argnums=(0, 1, 2))
         (y, got), (z, want) = mx.compile(g)(*arrays, b), g(*arrays, b)
         assert abs((y - z).item()) < 1e-3 and all(apart(ops.numpy(i), ops.numpy(j)) < 1e-4 for i, j in zip(got, want))
+
+
+@pytest.mark.skipif(ops.BACKEND != "torch", reason="about autograd in torch")
+def test_nothing_is_held(use):
+    """Queries are let go with the answer, without waiting for the garbage collector."""
+    use("blocks")
+    gc.collect()
+    gc.disable()
+    try:
+        q, k, v, _ = inputs(1, 4, 2, 100, 100, 8)
+        q.requires_grad_()
+        y = kernels.attend(q, k, v, at(0, 100), at(0, 100), parse("window:window=20"))
+        y.sum().backward()
+        gone = weakref.ref(q), weakref.ref(k), weakref.ref(y)
+        del q, k, v, y, _
+        assert not any(r() is not None for r in gone)
+    finally:
+        gc.enable()
 
 
 PEAK = """
