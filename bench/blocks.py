@@ -52,11 +52,10 @@ def attention(engine, rule, n):
     at = ops.arange(n, ops.array([0]))[None, None]
     if engine == "blocks":
         return lambda q, k, v: blocks.attend(q, k, v, Places(at, 0), Places(at, 0), rule), 0
-    parts = [rule.module.allowed(at[0, 0, i : i + ROWS][:, None], at[0], 0, rule.options) for i in range(0, n, ROWS)]
-    for part in parts:
-        ops.wait(part)
-    mask = ops.cat(parts, 0)
-    ops.wait(mask)
+    mask = ops.full((n, n), False, ops.bool_)
+    for i in range(0, n, ROWS):
+        mask[i : i + ROWS] = rule.module.allowed(at[0, 0, i : i + ROWS][:, None], at[0], 0, rule.options)
+        ops.wait(mask)
     if ops.BACKEND == "mlx":
         import mlx.core as mx
 

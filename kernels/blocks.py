@@ -213,7 +213,8 @@ def passes(groups, seen, scale, room):
                 parts.append((ds @ keys * scale).reshape(*shape[:3], D))
                 last = ops.mark(parts[-1], dk, dv)
             dq = ops.put(dq, join(parts, [len(g.heads) for g in groups]), a)
+        dk *= scale
         whole = lambda x: ops.cast(x.reshape(B, K, -1, D)[:, :, :N], like.dtype)
-        return dq, whole(dk * scale), whole(dv)
+        return dq, whole(dk), whole(dv)
 
     return forward, backward
