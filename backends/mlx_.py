@@ -161,6 +161,47 @@ def put(x, new, n):
     return mx.slice_update(x, new.astype(x.dtype), at, axes=(2,))
 
 
+def entries(x, i, axis):
+    """The entries i [n] along an axis."""
+    return mx.take(x, i, axis)
+
+
+def add(x, i, y):
+    """x with y added to its entries i [n] of axis 1; in place where nobody else holds it."""
+    return x.at[:, i].add(y.astype(x.dtype))
+
+
+def after(x, done):
+    """x, once `done` is computed: keeps lazy work from piling up."""
+    return x if done is None else mx.depends([x], [done])[0]
+
+
+def mark(*xs):
+    """What `after` may wait for in the place of these arrays, so that they can still be written in place."""
+    # a copy of one number: waiting for the array itself would hold it
+    return sum(x[(0,) * x.ndim].astype(float32) for x in xs)
+
+
+def custom(forward, backward):
+    """forward(*xs) -> y as a function whose gradients are backward(*xs, y, dy)."""
+    f = mx.custom_function(forward)
+    f.vjp(lambda xs, dy, y: backward(*xs, y, dy))
+    return f
+
+
+def tracing():
+    """Is a compiler reading along that cannot follow work on the host? MLX compiles a trace: it need not follow."""
+    return False
+
+
+def known(x):
+    """The array as numpy, or None inside a traced function, where it has no values yet."""
+    try:
+        return numpy(x)
+    except ValueError:
+        return None
+
+
 _turns = {}
 
 

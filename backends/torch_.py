@@ -170,6 +170,56 @@ def put(x, new, n):
     return x.index_copy_(2, n + torch.arange(new.shape[2], device=x.device), new.to(x.dtype))
 
 
+def entries(x, i, axis):
+    """The entries i [n] along an axis."""
+    return x.index_select(axis, i)
+
+
+def add(x, i, y):
+    """x with y added to its entries i [n] of axis 1; in place: x must be the caller's own."""
+    return x.index_add_(1, i, y.to(x.dtype))
+
+
+def after(x, done):
+    """x, once `done` is computed: keeps lazy work from piling up."""
+    return x
+
+
+def mark(*xs):
+    """What `after` may wait for in the place of these arrays, so that they can still be written in place."""
+    return None
+
+
+def custom(forward, backward):
+    """forward(*xs) -> y as a function whose gradients are backward(*xs, y, dy)."""
+    return lambda *xs: _Custom.apply(forward, backward, *xs)
+
+
+class _Custom(torch.autograd.Function):
+    # one class for all: a class is part of a cycle, and what it holds would wait for the garbage collector
+    @staticmethod
+    def forward(ctx, forward, backward, *xs):
+        y = forward(*xs)
+        ctx.save_for_backward(*xs, y)
+        ctx.own = backward
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return None, None, *ctx.own(*ctx.saved_tensors, dy)
+
+
+def tracing():
+    """Is a compiler reading along that cannot follow work on the host?"""
+    return torch.compiler.is_compiling()
+
+
+def known(x):
+    """The array as numpy, or None inside a traced function, where it has no values yet."""
+    return None if tracing() else numpy(x)
+
+
 _turns = {}
 
 

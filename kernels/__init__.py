@@ -1,16 +1,18 @@
 """attend(): the one primitive that everything above calls. Which engine runs is chosen here and nowhere else.
 
 dense.py is the specification. The framework's own fused attention (stock) is taken where it computes the same thing:
-without a mask for plain causal attention of consecutive tokens, with a mask otherwise. NANOLONG_KERNEL=dense forces the
-specification, NANOLONG_KERNEL=stock the fused kernel with a mask.
+without a mask for plain causal attention of consecutive tokens, block by block where the pattern leaves enough out
+(blocks.py), with a mask otherwise. NANOLONG_KERNEL=dense forces the specification, stock the fused kernel with a mask,
+blocks the blocks wherever they apply.
 """
 
+import functools
 import os
 from typing import Any, NamedTuple
 
 import ops
-from kernels import dense
-from kernels.spans import is_causal
+from kernels import blocks, dense
+from kernels.spans import behaviours, is_causal
 
 ENGINE = os.environ.get("NANOLONG_KERNEL", "auto")
 
@@ -42,6 +44,8 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
         return dense.attend(q, k, v, q_at, k_at, rule, begin, always, opening, scale)
     if ENGINE == "auto" and causal(q_at, k_at, q.shape[2], k.shape[2], rule, begin):
         return ops.sdpa(q, k, v, "causal" if q.shape[2] > 1 else None, scale)
+    if ENGINE in ("auto", "blocks") and sparse(q.shape, k.shape[2], q_at, k_at, rule, begin, always, opening):
+        return blocks.attend(q, k, v, q_at, k_at, rule, begin, always, opening, scale)
     return ops.sdpa(q, k, v, dense.visible(q_at, k_at, rule, begin, always, opening, q.shape[1]), scale)
 
 
@@ -50,3 +54,35 @@ def causal(q_at, k_at, T, N, rule, begin):
     if begin is not None or q_at.first is None or k_at.first is None or q_at.first + T != k_at.first + N:
         return False
     return rule.name == "full" or is_causal(rule, N, k_at.first)
+
+
+def sparse(shape, N, q_at, k_at, rule, begin, always, opening):
+    """Can attention of queries [B, H, T, D] over N keys go block by block, and does that pay?"""
+    _, H, T, _ = shape
+    if T == 1 or q_at.first is None or k_at.first is None or ops.tracing():
+        return False
+    if ENGINE == "auto" and T * N < LEAST:
+        return False
+    if begin is not None and ops.known(begin) is None:
+        return False
+    if ENGINE == "blocks":
+        return True
+    what = rule, (q_at.first, T), (k_at.first, N)
+    if begin is None:
+        return share(*what, None, always, opening, H) < worth()
+    return share.__wrapped__(*what, blocks.documents(begin), always, opening, H) < worth()
+
+
+LEAST = 1 << 17  # scores of a head below which one call with a mask is as good
+
+
+def worth():
+    """The share of all scores below which blocks are faster: measured on CPUs, guarded on GPUs, whose fused kernels lose more."""
+    return 0.2 if ops.on_gpu() else 0.6
+
+
+@functools.lru_cache(maxsize=256)
+def share(rule, q, k, docs, always, opening, heads):
+    """The share of all scores that lies in blocks."""
+    found = blocks.found(rule, q, k, docs, always, opening, heads)
+    return blocks.area(found, behaviours(rule, heads), q[1]) / (q[1] * k[1] * heads)

@@ -11,9 +11,14 @@ def visible(q_at, k_at, rule, begin, always, opening, heads):
         k = ops.repeat(k, heads // k.shape[1], 1)
     b = 0 if begin is None else begin[..., None]
     h = ops.arange(heads, k).reshape(heads, 1, 1)
+    return sees(q, k, b, h, ops.arange(k.shape[-1], k), rule, always, opening)
+
+
+def sees(q, k, b, h, n, rule, always, opening):
+    """May a query at position q, its document beginning at b, see the n-th key, at position k, in head h? Arrays that broadcast."""
     see = rule.module.allowed(q - b, k - b, h, rule.options)
     if always:
-        see = see | (ops.arange(k.shape[-1], k) < always)
+        see = see | (n < always)
     if opening:
         see = see | (k - b < opening)
     return (see & (k <= q) & (k >= b)) | (q < 0)

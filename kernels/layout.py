@@ -74,20 +74,22 @@ def lists(pairs, n):
     return Lists(start.astype(np.int32), mid.astype(np.int32), (pairs & (1 << 31) - 1).astype(np.int32))
 
 
-def layout(rule, q, k, block=128, begin=None, always=0, head=0):
+def layout(rule, q, k, block=128, begin=None, always=0, head=0, opening=0):
     """The blocks that attention of queries at positions q over keys at positions k must visit -> Layout.
 
     q, k: (first, n) for consecutive positions, else arrays [n] of positions, -1 for an empty slot or padding. block: tokens in
     a block, or (of queries, of keys). begin [n]: first position of each query's own document, or one int, or None: 0. always:
-    that many leading keys are exempt from the rule. head: the rule may read it; see `layouts`. All as in kernels/dense.py,
-    except that padding queries see nothing here. A block of keys with an empty slot, or cut short by the end, is never full.
+    that many leading keys are exempt from the rule. head: the rule may read it; see `layouts`. opening: the first so many tokens
+    of each document are exempt too. All as in kernels/dense.py, except that padding queries see nothing here. A block of keys
+    with an empty slot, or cut short by the end, is never full.
     The last few answers are kept, by rule, options and the blocks' positions: do not write into them.
     """
     bq, bk = (block, block) if isinstance(block, int) else block
     q, k = summary(q, bq, begin), summary(k, bk)
-    key = rule, q.tobytes(), k.tobytes(), (bq, bk), always, head
+    exempt = always, opening
+    key = rule, q.tobytes(), k.tobytes(), (bq, bk), exempt, head
     found = recent.pop(key, None)
-    recent[key] = found = found or find(rule, pyramid(q), pyramid(k), (bq, bk), always, head)
+    recent[key] = found = found or find(rule, pyramid(q), pyramid(k), (bq, bk), exempt, head)
     while len(recent) > 1 and sum(x.pairs.nbytes for x in recent.values()) > ROOM:
         del recent[next(iter(recent))]
     return found
@@ -97,11 +99,11 @@ recent = {}  # layouts by rule, options and the blocks' positions, the last one 
 ROOM = 1 << 28  # bytes of pairs that are kept; their lists take about as much again
 
 
-def layouts(rule, q, k, block=128, begin=None, always=0, heads=1):
+def layouts(rule, q, k, block=128, begin=None, always=0, heads=1, opening=0):
     """Layouts of all heads -> (list of the different ones, for each head its place in that list)."""
     who = behaviours(rule, heads)
     different = sorted(set(who))
-    return [layout(rule, q, k, block, begin, always, h) for h in different], [different.index(h) for h in who]
+    return [layout(rule, q, k, block, begin, always, h, opening) for h in different], [different.index(h) for h in who]
 
 
 def summary(at, block, begin=None):
@@ -126,17 +128,17 @@ def summary(at, block, begin=None):
     return np.stack([least(at), most(at), whole, b, c, np.add.reduceat(inner.astype(np.int64), cut) == 0])
 
 
-def find(rule, qs, ks, block, always, head):
+def find(rule, qs, ks, block, exempt, head):
     """The layout of blocks that are known by their summaries' pyramids."""
     links = getattr(rule.module, "LINKS", None)
     targets = linked(rule, qs[0], ks, head) if links else None
     # random links would make every block possible: leave them out of the search and add the blocks that they lead to
     searched = rule if targets is None else rule._replace(options=dataclasses.replace(rule.options, **{links[1]: 0}))
-    full, partial = search(searched, qs, ks, block[1], always, head)
+    full, partial = search(searched, qs, ks, block[1], exempt, head)
     if targets is not None:
         partial = np.setdiff1d(np.union1d(partial, targets), full, assume_unique=True)
         i, j = partial >> 32, partial & (1 << 32) - 1
-        t = judge(rule, qs[0][:, i], ks[0][:, j], j, block[1], always, head)
+        t = judge(rule, qs[0][:, i], ks[0][:, j], j, block[1], exempt, head)
         full, partial = np.concatenate([full, partial[t.must]]), partial[t.may & ~t.must]
     pairs = np.sort(np.concatenate([partial, full | 1 << 31]))
     return Layout(pairs, (qs[0].shape[1], ks[0].shape[1]), block)
@@ -153,31 +155,33 @@ def pyramid(x):
     return levels
 
 
-def judge(rule, q, k, j, size, always, head):
-    """The Truth of blocks with summaries q, k [6, m]; key block number j holds the keys size * j up to size * (j + 1)."""
-    exempt = Truth((j + 1) * size <= always, j * size < always)
+def judge(rule, q, k, j, size, exempt, head):
+    """The Truth of blocks with summaries q, k [6, m]; key block number j holds the keys size * j up to size * (j + 1).
+    exempt: (always, opening)."""
+    always, opening = exempt
+    free = Truth((j + 1) * size <= always, j * size < always)
     # most blocks lie in one document or two: then each is asked for itself, else all that begin in between at once
     b, c, two = q[3], q[4], q[5] == 1
-    t = of_document(rule, q, k, Span(b, np.where(two, b, c)), exempt, head)
+    t = of_document(rule, q, k, Span(b, np.where(two, b, c)), free, opening, head)
     if (b < c).any():
-        u = of_document(rule, q, k, Span(np.where(two, c, b), c), exempt, head)
+        u = of_document(rule, q, k, Span(np.where(two, c, b), c), free, opening, head)
         t = Truth(t.must & u.must, t.may | u.may)
     # an empty block's span is upside down, so nothing in it may be causal
     t = t & (Span(k[0], k[1]) <= Span(q[0], q[1]))
     return Truth(t.must & (k[2] == 1), t.may)
 
 
-def of_document(rule, q, k, begin, exempt, head):
+def of_document(rule, q, k, begin, free, opening, head):
     """The Truth of blocks for queries whose document begins at `begin`, a Span."""
     at, keys = Span(q[0], q[1]), Span(k[0], k[1])
     own = keys >= begin
     if begin.hi.any():
         # what is clipped here lies before the document, where `own` says no
         at, keys = (Span(np.maximum(x.lo - begin.hi, 0), np.maximum(x.hi - begin.lo, 0)) for x in (at, keys))
-    return (rule.module.allowed(at, keys, head, rule.options) | exempt) & own
+    return (rule.module.allowed(at, keys, head, rule.options) | free | (keys < opening)) & own
 
 
-def search(rule, qs, ks, size, always, head):
+def search(rule, qs, ks, size, exempt, head):
     """(full, partial): codes query block << 32 | key block, from the summaries' pyramids. size: keys in a block."""
     i = j = np.zeros(min(qs[0].shape[1], ks[0].shape[1], 1), np.int64)
     full = [i[:0]]
@@ -185,7 +189,7 @@ def search(rule, qs, ks, size, always, head):
         q, k = (x[min(level, len(x) - 1)] for x in (qs, ks))
         inside = (i < q.shape[1]) & (j < k.shape[1])
         i, j = i[inside], j[inside]
-        t = judge(rule, q[:, i], k[:, j], j, size << level, always, head)
+        t = judge(rule, q[:, i], k[:, j], j, size << level, exempt, head)
         if t.must.any():
             full.append(leaves(i[t.must], j[t.must], level, qs[0], ks[0].shape[1]))
         open_ = t.may & ~t.must

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import kernels
 import ops
 import plugins
 from errors import Refused
@@ -131,6 +132,12 @@ def python(code, backend, *args, **env):
     done = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """use("dense"): attend() by that engine."""
+    return lambda engine: monkeypatch.setattr(kernels, "ENGINE", engine)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import kernels
 import ops
 import plugins
 
-ENGINES = ["stock", "auto"]
+ENGINES = ["stock", "auto", "blocks"]
 RULES = [small("attention", n) for n in plugins.names("attention") if hasattr(plugins.load("attention", n), "allowed")]
 # rows, query heads, key heads, queries, keys, head width
 SHAPES = [(1, 4, 4, 1, 1, 8), (2, 4, 2, 17, 17, 8), (3, 6, 1, 1, 33, 16), (2, 4, 4, 37, 61, 20), (1, 2, 2, 128, 131, 32)]
@@ -17,11 +17,6 @@ EPS = {"float32": 2e-5, "bfloat16": 1e-2}
 
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda s: s.partition(":")[0])
 every_engine = pytest.mark.parametrize("engine", ENGINES)
-
-
-@pytest.fixture
-def use(monkeypatch):
-    return lambda engine: monkeypatch.setattr(kernels, "ENGINE", engine)
 
 
 def inputs(B, H, K, T, N, D, seed=0, dtype="float32"):

@@ -37,10 +37,10 @@ def drawn(name, draw):
             continue
 
 
-def mask(rule, q, k, begin=0, always=0, head=0):
+def mask(rule, q, k, begin=0, always=0, head=0, opening=0):
     """kernels/dense.py's `visible` on numpy, but padding queries see nothing."""
     b, q = np.broadcast_to(begin, q.shape)[:, None], q[:, None]
-    see = rule.module.allowed(q - b, k - b, head, rule.options) | (np.arange(len(k)) < always)
+    see = rule.module.allowed(q - b, k - b, head, rule.options) | (np.arange(len(k)) < always) | (k - b < opening)
     return see & (k <= q) & (k >= b) & (q >= 0)
 
 
@@ -72,11 +72,11 @@ def drawing(found):
     return pictures[0]
 
 
-def compare(rule, q, k, block, begin=None, always=0, head=0, exact=False):
+def compare(rule, q, k, block, begin=None, always=0, head=0, exact=False, opening=0):
     """The layout against the mask. Returns how many partial blocks are loose."""
     ends = lambda at: np.arange(at[0], sum(at)) if isinstance(at, tuple) else at
-    got = drawing(layout(rule, q, k, block, begin, always, head))
-    true = blocks(mask(rule, ends(q), ends(k), 0 if begin is None else begin, always, head), ends(q), *block)
+    got = drawing(layout(rule, q, k, block, begin, always, head, opening))
+    true = blocks(mask(rule, ends(q), ends(k), 0 if begin is None else begin, always, head, opening), ends(q), *block)
     assert not ((true > 0) & (got == 0)).any(), f"{rule}: a block is missed"
     assert not ((true < 2) & (got == 2)).any(), f"{rule}: a block that is not full is listed as full"
     loose = (got == 1) & (true != 1)
@@ -141,6 +141,26 @@ def test_random_links_are_all_listed(start):
         # one document; several in a row; two that take turns
         begin = (None, start + np.arange(n) // 90 * 90, start + np.minimum(np.arange(n) % 2 * 61, np.arange(n)))[i % 3]
         compare(rule, at, keys, block, begin, head=i % HEADS)
+
+
+@pytest.mark.parametrize("start", [0, 2**20], ids=["near 0", "near 2^20"])
+@every_rule
+def test_first_tokens_that_are_exempt(name, start):
+    """The first tokens of each document: one document, several, holes, and with exempt slots."""
+    draw = np.random.default_rng(sum(map(ord, name)) + start)
+    for i in range(10):
+        n, block, opening = int(draw.integers(20, 200)), tuple(int(b) for b in draw.choice([8, 16, 25], 2)), int(draw.integers(1, 30))
+        rule, at = drawn(name, draw), start + np.arange(n)
+        begin = start + np.arange(n) // 50 * 50
+        holes = lambda x: np.where(draw.random(len(x)) < 0.1, -1, x)
+        compare(rule, (start, n), (start, n), block, None if i % 2 else start, head=i % HEADS, opening=opening)
+        compare(rule, at, at, block, begin, head=i % HEADS, opening=opening)
+        compare(rule, holes(at), draw.permutation(holes(at)), block, begin, int(draw.integers(0, 9)), i % HEADS, opening=opening)
+
+
+def test_exempt_tokens_fill_their_blocks():
+    found = drawing(layout(parse("window:window=8"), (0, 64), (0, 64), 8, opening=16))
+    assert (found[2:, :2] == 2).all() and (found[4:, 2:3] == 0).all()
 
 
 @every_rule
@@ -270,6 +290,7 @@ def test_answers_are_remembered_and_never_mixed_up():
         layout(rule, (0, 64), (0, 64), (8, 4)),
         layout(rule, (0, 64), (0, 64), 8, begin=np.repeat([0, 32], 32)),
         layout(rule, (0, 64), (0, 64), 8, always=3),
+        layout(rule, (0, 64), (0, 64), 8, opening=3),
         layout(parse("window:window=10"), (0, 64), (0, 64), 8),
         layout(parse("local:block=9"), (0, 64), (0, 64), 8),
     ]

@@ -1,0 +1,166 @@
+"""Block-sparse attention (kernels/blocks.py) beside the framework's own attention with a mask array, each case in a process of its own.
+
+NANOLONG_BACKEND=torch python bench/blocks.py --length 16k
+
+Memory is the peak of the first call above inputs, outputs and gradients; the mask array, which only the framework's attention
+needs, is not counted among the inputs (its size is given too). The time to build the mask and the layout is not measured: the
+first is once a run, the second stays in a cache.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import common
+
+ROWS = 256  # of the mask, built at once
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--length", default="16k", help="tokens (default 16k)")
+    p.add_argument("--attn", default="longformer:window=512,n_global=16", help="the pattern")
+    p.add_argument("--heads", help="query heads/key heads (default 9/3 with torch, 3/1 with MLX)")
+    p.add_argument("--width", type=int, default=64, help="head width (default 64)")
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--device")
+    p.add_argument("--repeat", type=int, default=3, help="timed calls after the first one")
+    p.add_argument("--name")
+    p.add_argument("--out")
+    p.add_argument("--case", help=argparse.SUPPRESS)
+    return p
+
+
+def peak():
+    """Bytes at the peak so far: of the device if it counts, else of the process."""
+    import ops
+
+    counted = ops.peak_memory()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if counted is None else counted
+
+
+def attention(engine, rule, n):
+    """f(q, k, v) and the bytes of its mask."""
+    import ops
+    from kernels import Places, blocks
+
+    at = ops.arange(n, ops.array([0]))[None, None]
+    if engine == "blocks":
+        return lambda q, k, v: blocks.attend(q, k, v, Places(at, 0), Places(at, 0), rule), 0
+    mask = ops.full((n, n), False, ops.bool_)
+    for i in range(0, n, ROWS):
+        mask[i : i + ROWS] = rule.module.allowed(at[0, 0, i : i + ROWS][:, None], at[0], 0, rule.options)
+        ops.wait(mask)
+    if ops.BACKEND == "mlx":
+        import mlx.core as mx
+
+        return lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask), n * n
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    return lambda q, k, v: sdpa(q, k, v, mask, enable_gqa=True), n * n
+
+
+def derivative(f):
+    """(y, gradients of <y, w>) as a function of q, k, v, w."""
+    import ops
+
+    if ops.BACKEND == "mlx":
+        import mlx.core as mx
+
+        def g(*qkvw):
+            y, grads = mx.vjp(f, list(qkvw[:3]), [qkvw[3]])
+            return *y, *grads
+
+        return g
+    import torch
+
+    def g(*qkvw):
+        qkv = [x.detach().requires_grad_() for x in qkvw[:3]]
+        y = f(*qkv)
+        return y.detach(), *torch.autograd.grad(y, qkv, qkvw[3])
+
+    return g
+
+
+def measure(args):
+    """One case: seconds of each call, bytes at the peak, and a few numbers of the result."""
+    import ops
+    import plugins
+
+    ops.use(args.device)
+    ops.seed(0)
+    engine, direction = args.case.split()
+    n, (H, K), rule = plugins.number(args.length), args.heads, plugins.parse("attention", args.attn)
+
+    def made(n):
+        f, mask = attention(engine, rule, n)
+        arrays = [ops.normal((1, h, n, args.width), getattr(ops, args.dtype)) for h in (H, K, K, H)]
+        ops.wait(arrays)
+        return (derivative(f), arrays, mask) if direction == "both" else (lambda *x: (f(*x),), arrays[:3], mask)
+
+    # libraries load and the layout's code runs before anything counts
+    f, arrays, _ = made(256)
+    with ops.no_grad() if direction == "forward" else contextless():
+        ops.wait(f(*arrays))
+        before = peak()
+        f, arrays, mask = made(n)
+        given = sum(ops.nbytes(x) for x in arrays)
+        times = []
+        for i in range(args.repeat + 1):
+            start = time.perf_counter()
+            out = f(*arrays)
+            ops.wait(out)
+            times.append(time.perf_counter() - start)
+            if i == 0:
+                top = peak() - before - given - sum(ops.nbytes(x) for x in out)
+                sample = [float(x) for a in out for x in ops.numpy(a[0, 0, -1, :4])]
+    return {"seconds": times[1:] or times, "peak": top, "mask": mask, "sample": sample}
+
+
+def contextless():
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def main():
+    args = parser().parse_args()
+    backend = os.environ.setdefault("NANOLONG_BACKEND", __import__("ops").BACKEND)
+    args.heads = tuple(map(int, (args.heads or ("9/3" if backend == "torch" else "3/1")).split("/")))
+    if args.case:
+        return print(json.dumps(measure(args)))
+    here = {"backend": backend, "length": args.length, "attn": args.attn, "heads": "/".join(map(str, args.heads)), "width": args.width}
+    result = {**here, "dtype": args.dtype, "threads": os.environ.get("OMP_NUM_THREADS", "default"), "repeat": args.repeat}
+    for direction in ("forward", "both"):
+        case = {}
+        for engine in ("blocks", "mask"):
+            command = [sys.executable, *sys.argv, "--case", f"{engine} {direction}"]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=common.ROOT)
+            if done.returncode:
+                sys.exit(done.stderr)
+            case[engine] = json.loads(done.stdout)
+            print(f"{direction} {engine}: {min(case[engine]['seconds']):.3f} s", file=sys.stderr)
+        a, b = (case[e]["sample"] for e in ("blocks", "mask"))
+        median = {e: sorted(c["seconds"])[len(c["seconds"]) // 2] for e, c in case.items()}
+        least = {e: min(c["seconds"]) for e, c in case.items()}
+        memory = {e: c["peak"] for e, c in case.items()}
+        result["forward" if direction == "forward" else "forward and backward"] = {
+            "median_seconds": {e: round(t, 4) for e, t in median.items()},
+            "least_seconds": {e: round(t, 4) for e, t in least.items()},
+            "times_faster": round(median["mask"] / median["blocks"], 2),
+            "times_faster_by_least": round(least["mask"] / least["blocks"], 2),
+            "peak_megabytes": {e: round(m / 1e6, 1) for e, m in memory.items()},
+            "mask_megabytes": round(case["mask"]["mask"] / 1e6, 1),
+            "times_less_memory": round(memory["mask"] / memory["blocks"], 1) if memory["blocks"] > 1e6 else None,
+            "largest_difference": max(abs(x - y) for x, y in zip(a, b)),
+        }
+    common.save(args.name or f"blocks_{backend}", result, args.out)
+
+
+if __name__ == "__main__":
+    main()
