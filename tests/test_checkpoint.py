@@ -12,7 +12,7 @@ import plugins
 from errors import Refused
 from model import Config, Llama, load, save
 
-SPECS = [{"attn": "window:window=5"}, {"pos": "pi:factor=2.0", "memory": "sinks:budget=9"}, {"attn": "full/local:block=6"}]
+SPECS = [{"attn": "window:window=5"}, {"pos": "none", "memory": "sinks:budget=9"}, {"attn": "full/local:block=6"}]
 
 
 def same(a, b):
