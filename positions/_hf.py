@@ -32,7 +32,7 @@ def fields(hf):
 
 
 def original(hf, longest):
-    """Tokens before scaling; longest: max_position_embeddings, which stands in where nothing is said."""
+    """Tokens before scaling, as transformers looks for it; longest: max_position_embeddings, which stands in where nothing is said."""
     return int(hf.get("original_max_position_embeddings") or fields(hf).get("original_max_position_embeddings") or longest)
 
 
@@ -76,11 +76,13 @@ def write(c, hf):
     if "original_max_position_embeddings" in rope:
         L = rope["original_max_position_embeddings"] = o.original or longest
         longest = max(longest, round(L * o.factor))
-    if kind == "yarn":
-        m = rope.pop("attention_factor")
+    if kind == "yarn" and not o.attention_factor:
+        del rope["attention_factor"]
+    elif kind == "yarn" and o.factor > 1:
         # mlx-lm reads m from mscale alone, transformers ignores mscale where there is an attention_factor
-        rope |= {"attention_factor": m} | ({"mscale": (m - 1) / (yarn.sharpness(o.factor) - 1)} if o.factor > 1 else {}) if m else {}
-        rope |= {} if rope.pop("truncate") else {"truncate": False}
+        rope["mscale"] = (o.attention_factor - 1) / (yarn.sharpness(o.factor) - 1)
+    # an original length beside the rope fields would overrule theirs
+    hf = {k: v for k, v in hf.items() if k != "original_max_position_embeddings"}
     return {**hf, **spell(rope, theta), "max_position_embeddings": longest}
 
 

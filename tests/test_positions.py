@@ -139,6 +139,19 @@ def test_the_length_that_others_see(pos, longest):
     assert same and again.max_position_embeddings == 32 and again.to_hf() == hf
 
 
+def test_an_original_length_beside_the_rope_fields():
+    """It counts, as in transformers, until another --pos is written."""
+    hf = config(16, 500.0, 64, rope_fields("yarn", 16, 2.0, 64), original_max_position_embeddings=32)
+    c = Config.from_hf(hf)
+    assert c.pos == "yarn:factor=2.0,original=32" and c.to_hf()["original_max_position_embeddings"] == 32
+    again = Config.from_hf(Config(**{**vars(c), "pos": "yarn:factor=2.0,original=16"}).to_hf())
+    assert (
+        again.pos == "yarn:factor=2.0,original=16"
+        and "nanolong" not in again.to_hf()
+        and "original_max_position_embeddings" not in again.hf
+    )
+
+
 def test_schemes_without_a_name_are_ours_alone():
     """Positions that HF cannot say leave its fields as they came."""
     hf = config(16, 500.0, 64, rope_fields("yarn", 16, 2.0, 64))
