@@ -33,7 +33,8 @@ def fields(hf):
 
 def original(hf, longest):
     """Tokens before scaling, as transformers looks for it; longest: max_position_embeddings, which stands in where nothing is said."""
-    return int(hf.get("original_max_position_embeddings") or fields(hf).get("original_max_position_embeddings") or longest)
+    L = hf.get("original_max_position_embeddings") or fields(hf).get("original_max_position_embeddings") or longest
+    return int(L) if isinstance(L, float) else L
 
 
 def read(hf, longest=2048):
@@ -41,7 +42,7 @@ def read(hf, longest=2048):
     rope = fields(hf)
     if any(isinstance(v, dict) for v in rope.values()):
         raise Refused("config.json gives rope fields by layer type: a Llama's are one flat object")
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or (hf.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
+    theta = rope.get("rope_theta") or hf.get("rope_theta") or (hf.get("rope_parameters") or {}).get("rope_theta") or 10000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in TYPES:
         raise Refused(f"config.json asks for rope type {kind!r}, which nanolong does not have: it has {', '.join(TYPES)}")
@@ -56,7 +57,7 @@ def read(hf, longest=2048):
             rope["attention_factor"] = over / under
     given = {k: rope[theirs] if theirs in REQUIRED else rope.get(theirs) for k, theirs in ours.items()}
     spec = name + ":" + ",".join(f"{k}={v}" for k, v in given.items() if v is not None)
-    return theta, str(plugins.parse("positions", spec))
+    return float(theta) if isinstance(theta, int) else theta, str(plugins.parse("positions", spec))
 
 
 def write(c, hf):

@@ -16,6 +16,10 @@ class Position(Rope):
     def __init__(self, c, o):
         self.rope = _hf.fields(c.hf)
         self.original = _hf.original(c.hf, c.max_position_embeddings)
+        if not isinstance(self.original, int) or self.original < 2:
+            raise ValueError(
+                f"config.json says original_max_position_embeddings {self.original!r}: it must be a number of tokens, 2 or more"
+            )
         super().__init__(c, o)
         s = self.rope.get("factor") or c.max_position_embeddings / self.original
         m = self.rope.get("attention_factor") or (math.sqrt(1 + math.log(s) / math.log(self.original)) if s > 1 else 1.0)

@@ -16,7 +16,16 @@ from positions import _hf
 
 TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 GRID = list(itertools.product([16, 64, 80, 128], [100.0, 10000.0, 5e5], [1.0, 4.0, 31.5], [64, 4096, 8192]))
-YARNS = [{}, {"truncate": False, "beta_fast": 20.0}, {"attention_factor": 1.7}, {"mscale": 0.7, "mscale_all_dim": 1.0}]
+MORE = {
+    "yarn": [
+        {},
+        {"truncate": False, "beta_fast": 20.0},
+        {"attention_factor": 1.7},
+        {"mscale": 0.7, "mscale_all_dim": 1.0},
+        {"factor": None},
+    ],
+    "longrope": [{}, {"attention_factor": 1.3}, {"factor": None}],
+}
 
 
 def scheme(c):
@@ -51,7 +60,7 @@ def test_frequencies_and_temperature_equal_transformers(kind, monkeypatch):
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch, "float32", torch.float64)
     theirs = ROPE_INIT_FUNCTIONS.get(kind, LlamaRotaryEmbedding.compute_default_rope_parameters)
-    for (D, theta, factor, L), more in itertools.product(GRID, YARNS if kind == "yarn" else [{}]):
+    for (D, theta, factor, L), more in itertools.product(GRID, MORE.get(kind, [{}])):
         hf = config(D, theta, L, {**rope_fields(kind, D, factor, L), **more})
         ours = scheme(Config.from_hf(hf))
         f, m = theirs(LlamaConfig(**{**hf, "rope_scaling": {"rope_theta": theta, **hf["rope_scaling"]}}), seq_len=L + 1)
@@ -106,6 +115,7 @@ def test_others_read_a_scheme_from_the_flag(before, pos, tmp_path, tokenizer_fil
     save(model, tmp_path / "out", tokenizer_files)
     hf = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (hf["rope_scaling"] or {"rope_type": "default"})["rope_type"] == hf["rope_parameters"]["rope_type"] == SPOKEN[pos]
+    assert hf["rope_parameters"]["rope_theta"] == hf["rope_theta"]
     want = run(model, text(60, 2))
     assert pos == "rope" or apart(run(fresh(), text(60, 2)), want) > 1e-2, "or this test is blind"
     if ops.BACKEND == "torch":
@@ -221,6 +231,7 @@ LISTS = {"rope_type": "longrope", "original_max_position_embeddings": 32, "short
         ({"rope_theta": 1.0, "pos": "yarn"}, "must be above 1"),
         ({"pos": "longrope"}, "config.json must list short_factor"),
         ({"pos": "longrope", "hf": {"rope_scaling": {**LISTS, "long_factor": [2.0] * 3}}}, "long_factor in config.json has 3 numbers"),
+        ({"pos": "longrope", "hf": {"rope_scaling": {**LISTS, "original_max_position_embeddings": "far"}}}, "'far': it must be a number"),
         ({"pos": "longrope", "hf": {"rope_scaling": {**LISTS, "long_factor": [0, 1, 1, 1]}}}, "numbers above 0"),
         (
             {"pos": "longrope", "max_position_embeddings": 32, "hf": {"rope_scaling": {**LISTS, "short_factor": []}}},
@@ -242,6 +253,7 @@ def test_impossible_models_are_refused(changes, says):
         ({"type": "dynamic", "factor": 2.0}, "rope type 'dynamic'"),
         ({"type": "linear", "factor": 0.5}, "factor=0.5 would shorten"),
         ({"type": "yarn", "factor": "much"}, "factor takes a number"),
+        ({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": "far"}, "original takes a whole number"),
         ({"full_attention": {"rope_type": "default"}}, "one flat object"),
     ],
     ids=str,
