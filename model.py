@@ -27,6 +27,7 @@ import tokenizer as tokenizers
 from errors import Refused
 from kernels import Places
 from ops import Module, ModuleList
+from positions import _hf as rope
 
 # ---------------------------------------------------------------- config
 
@@ -95,22 +96,20 @@ class Config:
             raise Refused(f"config.json says hidden_act {hf['hidden_act']!r}: nanolong's MLP is SwiGLU (silu)")
         own = {f.name for f in dataclasses.fields(cls)} - {"hf"}
         given = {k: hf[k] for k in own & hf.keys() if hf[k] is not None}
-        rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-        given["rope_theta"] = float(rope.get("rope_theta", given.get("rope_theta", cls.rope_theta)))
-        mechanisms = {"attn": window_of(hf), "pos": scheme_of(rope), **hf.get("nanolong", {})}
+        given["rope_theta"], pos = rope.read(hf, given.get("max_position_embeddings", cls.max_position_embeddings))
+        mechanisms = {"attn": window_of(hf), "pos": pos, **hf.get("nanolong", {})}
         return cls(**{**given, **{k: v for k, v in mechanisms.items() if k in own}}, hf=hf)
 
     def to_hf(self):
         """The contents of a config.json that transformers and mlx-lm read; our own fields stand under "nanolong"."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("attn", "pos", "memory", "hf", "rope_theta")]
+        own = [f.name for f in dataclasses.fields(self) if f.name != "hf"]
         hf = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **self.hf}
-        hf |= {k: getattr(self, k) for k in names}
-        if not self.hf:
-            hf |= {"rope_theta": self.rope_theta, "rope_scaling": None}
-        rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-        plain = {"attn": window_of(hf), "pos": scheme_of(rope), "memory": "full"}
-        mine = {k: getattr(self, k) for k in plain if getattr(self, k) != plain[k]}
+        hf |= {k: getattr(self, k) for k in own if k not in ("attn", "pos", "memory", "rope_theta")}
         hf.pop("nanolong", None)
+        hf = rope.write(self, hf)
+        # what the others' fields do not say, or say as the others need it
+        plain = Config.from_hf(hf)
+        mine = {k: getattr(self, k) for k in own if getattr(self, k) != getattr(plain, k)}
         return {**hf, "nanolong": mine} if mine else hf
 
 
@@ -121,19 +120,6 @@ def window_of(hf):
         return "full"
     kinds = hf.get("layer_types") or ["sliding_attention"]
     return "/".join(f"window:window={window}" if kind == "sliding_attention" else "full" for kind in kinds)
-
-
-def scheme_of(rope):
-    """HF's rope_scaling or rope_parameters, as the spelling of --pos."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return "rope"
-    if kind == "linear":
-        return f"pi:factor={rope['factor']}"
-    if kind == "llama3":
-        names = {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor", "original": "original_max_position_embeddings"}
-        return "llama3:" + ",".join(f"{ours}={rope[theirs]}" for ours, theirs in names.items())
-    raise Refused(f"config.json asks for rope type {kind!r}, which nanolong does not have: it has default, linear and llama3")
 
 
 # ---------------------------------------------------------------- the model

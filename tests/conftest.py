@@ -26,6 +26,8 @@ ROOT = Path(__file__).parent.parent
 TINY = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 # options small enough to matter on a text of 24 tokens; an integer option that is not named here shrinks to its bit length
 SMALL = {"window": 5, "n_global": 2, "block": 6, "budget": 10, "sinks": 2, "original": 16}
+# longrope's lists come from the config alone; the length of TINY's is beyond the original
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 16, "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 2.5, 4.0]}
 
 
 def has(*modules):
@@ -45,7 +47,8 @@ def small(folder, name):
 def tiny(attn="full", pos="rope", memory="full", layers=2, **changes):
     """A tiny Llama with the same random weights on every backend; a combination that is refused skips the test."""
     try:
-        c = Config(**{**TINY, "num_hidden_layers": layers, "attn": attn, "pos": pos, "memory": memory, **changes})
+        hf = {"rope_scaling": LONGROPE} if pos == "longrope" else {}
+        c = Config(**{**TINY, "num_hidden_layers": layers, "attn": attn, "pos": pos, "memory": memory, "hf": hf, **changes})
         return Llama(c).init(seed=1, std=0.2)
     except Refused as no:
         pytest.skip(str(no))

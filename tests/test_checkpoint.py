@@ -12,7 +12,7 @@ import plugins
 from errors import Refused
 from model import Config, Llama, load, save
 
-SPECS = [{"attn": "window:window=5"}, {"pos": "pi:factor=2.0", "memory": "sinks:budget=9"}, {"attn": "full/local:block=6"}]
+SPECS = [{"attn": "window:window=5"}, {"pos": "none", "memory": "sinks:budget=9"}, {"attn": "full/local:block=6"}]
 
 
 def same(a, b):
@@ -105,6 +105,8 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path, tokenizer_files, monkeyp
         (lambda f: edit(f, hidden_size="wide"), "hidden_size cannot be 'wide'"),
         (lambda f: edit(f, num_attention_heads=0), "num_attention_heads cannot be 0"),
         (lambda f: edit(f, nanolong={"memory": 3}), "memory cannot be 3"),
+        (lambda f: edit(f, rope_theta="x", rope_parameters=None), "rope_theta cannot be 'x'"),
+        (lambda f: edit(f, rope_scaling="yarn"), "config.json cannot be read: AttributeError"),
         (lambda f: edit(f, rope_scaling={"rope_type": "llama3"}), "config.json cannot be read: KeyError"),
         (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json cannot be read"),
         (lambda f: edit(f, hidden_act="gelu"), "hidden_act 'gelu'"),

@@ -13,7 +13,7 @@ GENEROUS = plugins.names("memory")  # by default a memory holds far more than th
 # these sum up the past when a segment closes instead of keeping its tokens, so they never equal full attention
 FOLDS = {"compressive", "infini", "melodi", "quantised", "state", "tokens"}
 # frequencies that move with the length of the text
-LENGTH_MATTERS = {"dynamic", "longrope"}
+LENGTH_MATTERS = {"dynamic"}
 SEGMENTS = whole(T)
 # the same segments, fed one token at a time and in odd pieces
 PIECES = {"ones": [[1] * 8] * 3, "odd": [[3, 5], [7, 1], [1, 2, 5]]}

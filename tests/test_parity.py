@@ -16,6 +16,9 @@ pytestmark = pytest.mark.skipif(not has("torch", "transformers"), reason="the re
 BASE = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 BASE |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+# 60 tokens are more than 32: the lists for long texts
+LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [1 + i / 4 for i in range(8)], "original_max_position_embeddings": 32}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA = {
     "gqa 1": {"num_key_value_heads": 4},
     "gqa 2": {"num_key_value_heads": 2},
@@ -31,6 +34,15 @@ LLAMA = {
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     "linear, older": {"rope_scaling": {"type": "linear", "factor": 3.0}},
     "llama3": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", **YARN}},
+    "yarn, older": {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+    "yarn, ends": {"rope_scaling": {"rope_type": "yarn", "beta_fast": 8, "beta_slow": 2.0, "truncate": False, **YARN}},
+    "yarn, factor": {"rope_scaling": {"rope_type": "yarn", "attention_factor": 1.5, **YARN}},
+    "yarn, mscale": {"rope_scaling": {"rope_type": "yarn", "mscale": 2.0, "mscale_all_dim": 0.5, **YARN}},
+    "longrope": {"rope_scaling": {"type": "longrope", **LONGROPE}},
+    "longrope, factor": {"rope_scaling": {"rope_type": "longrope", "factor": 3.0, **LONGROPE}},
+    "new yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, **YARN}},
+    "new longrope": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0, "attention_factor": 1.3, **LONGROPE}},
     "new default": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "new linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
     "new llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}},
