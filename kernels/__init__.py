@@ -61,7 +61,7 @@ def sparse(shape, N, q_at, k_at, rule, begin, always, opening):
     _, H, T, _ = shape
     if T == 1 or q_at.first is None or k_at.first is None or ops.tracing():
         return False
-    if ENGINE == "auto" and T * N < LEAST:
+    if ENGINE == "auto" and (T * N < LEAST or not worth()):
         return False
     if begin is not None and ops.known(begin) is None:
         return False
