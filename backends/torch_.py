@@ -1,11 +1,13 @@
 """PyTorch behind the names of ops. Mirrored, name for name and in the same order, by mlx_.py."""
 
 import os
+from contextlib import nullcontext
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
@@ -239,7 +241,12 @@ def sdpa(q, k, v, mask, scale):
     causal = isinstance(mask, str) and T == N
     if isinstance(mask, str):
         mask = None if causal else causal_lower_right(T, N) if q.is_cuda else torch.ones(T, N, dtype=torch.bool).tril(N - T)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    # cuDNN's kernels, where it has them, are the fastest on recent GPUs, and torch would ask FlashAttention-2 first
+    with sdpa_kernel(_fastest, set_priority=True) if causal and q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+_fastest = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _one_row(q, k, v, mask, scale):

@@ -1,12 +1,13 @@
 """attend(): the one primitive that everything above calls. Which engine runs is chosen here and nowhere else.
 
 dense.py is the specification. The framework's own fused attention (stock) is taken where it computes the same thing:
-without a mask for plain causal attention of consecutive tokens, block by block where the pattern leaves enough out
-(blocks.py), with a mask otherwise. NANOLONG_KERNEL=dense forces the specification, stock the fused kernel with a mask,
-blocks the blocks wherever they apply.
+without a mask for plain causal attention of consecutive tokens, with a mask where little is left out. Else attention goes block by
+block, where the pattern leaves any: on CUDA by Triton kernels (triton_.py), elsewhere by gathering (blocks.py).
+NANOLONG_KERNEL=dense forces the specification, stock the fused kernel with a mask, blocks and triton those wherever they apply.
 """
 
 import functools
+import importlib.util
 import os
 from typing import Any, NamedTuple
 
@@ -28,7 +29,17 @@ class Places(NamedTuple):
     first: int | None = None
 
 
-def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None):
+class Bias(NamedTuple):
+    """What is added to scaled logits by distance, for each head. One of the two, the other None.
+
+    slope: [H] float32: - slope[h] * (q - k). table: [H, R] float32: + table[h, min(q - k, R - 1)], trainable.
+    """
+
+    slope: Any = None
+    table: Any = None
+
+
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, bias=None):
     """Attention of queries at positions over keys at positions, under a rule.
 
     q [B, H, T, D]; k, v [B, K, N, D] with K dividing H; q_at, k_at Places of T and N; rule a Plugin of attention/.
@@ -37,11 +48,18 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     always: that many leading keys are exempt from the rule (not from causality, documents or emptiness).
     opening: so are the first so many tokens of each document.
     scale: multiplies the logits; None: D ** -0.5.
+    bias: a Bias, or None.
     Returns [B, H, T, D]. A query that may see nothing gives zeros, except padding (position -1), whose rows are undefined.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if ENGINE == "dense":
-        return dense.attend(q, k, v, q_at, k_at, rule, begin, always, opening, scale)
+        return dense.attend(q, k, v, q_at, k_at, rule, begin, always, opening, scale, bias)
+    if ENGINE in ("auto", "triton") and flashes(q, k, q_at, k_at, rule, begin, bias):
+        from kernels import triton_
+
+        return triton_.attend(q, k, v, q_at, k_at, rule, begin, always, opening, scale, bias)
+    if bias is not None:
+        return dense.attend(q, k, v, q_at, k_at, rule, begin, always, opening, scale, bias)
     if ENGINE == "auto" and causal(q_at, k_at, q.shape[2], k.shape[2], rule, begin):
         return ops.sdpa(q, k, v, "causal" if q.shape[2] > 1 else None, scale)
     if ENGINE in ("auto", "blocks") and sparse(q.shape, k.shape[2], q_at, k_at, rule, begin, always, opening):
@@ -54,6 +72,26 @@ def causal(q_at, k_at, T, N, rule, begin):
     if begin is not None or q_at.first is None or k_at.first is None or q_at.first + T != k_at.first + N:
         return False
     return rule.name == "full" or is_causal(rule, N, k_at.first)
+
+
+def flashes(q, k, q_at, k_at, rule, begin, bias):
+    """Do the Triton kernels do this, and is it theirs? One query is better served by plain products, plain causal attention by the
+    stock kernel; few scores by a mask, for which no position need be known on the host."""
+    T, N = q.shape[2], k.shape[2]
+    if not has_triton() or T == 1:
+        return False
+    if ENGINE == "auto" and (T * N < LEAST or (bias is None and causal(q_at, k_at, T, N, rule, begin))):
+        return False
+    from kernels import triton_
+
+    return triton_.can(q, k)
+
+
+@functools.cache
+def has_triton():
+    """Is there Triton, and a device that it compiles for (or its interpreter)?"""
+    there = ops.BACKEND == "torch" and importlib.util.find_spec("triton") is not None
+    return there and (ops.device().type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def sparse(shape, N, q_at, k_at, rule, begin, always, opening):

@@ -61,6 +61,7 @@ def folded(f, rule, prefix, lines, made):
     options = tree.args.args[-1].arg
     tree.args.args[-1].arg = "layer"
     space = vars(rule.module)
+    negates = any(isinstance(x, ast.Invert | ast.Not) for x in ast.walk(tree))
 
     class Fold(ast.NodeTransformer):
         def visit_Attribute(self, node):
@@ -77,6 +78,12 @@ def folded(f, rule, prefix, lines, made):
                     folded(called, rule, prefix, lines, made)
                 node.func.id = prefix + called.__name__
             return node
+
+        def visit_BinOp(self, node):
+            # the kernels see to causality themselves, so where it is one condition among others the rule need not
+            self.generic_visit(node)
+            causal = ast.unparse(node.left) == "k <= q" and isinstance(node.op, ast.BitAnd) and not negates
+            return node.right if causal else node
 
         def visit_Name(self, node):
             if node.id == options:

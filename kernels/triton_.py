@@ -36,16 +36,19 @@ BLOCK_BITS, BLOCK = tl.constexpr(plan.BLOCKS), tl.constexpr((1 << plan.BLOCKS) -
 
 @triton.jit
 def seen(
-    q, k, b, ki, h, layer, n_keys,
-    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr
+    q, k, b, ki, h, layer, last,
+    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
 ):  # fmt: skip
-    """May queries at q (their documents beginning at b) see keys at k, the ki-th ones? kernels/dense.sees(), with ki < n_keys."""
+    """May queries at q (their documents beginning at b) see keys at k, the ki-th ones? As kernels/dense.sees(). Rows beyond the end
+    of the keys stand behind every query, or (BEHIND) at least behind the last key, or at -1 if positions are read."""
     see = RULE(q - b, k - b, h, layer)
     if ALWAYS > 0:
         see = see | (ki < ALWAYS)
     if OPENING > 0:
         see = see | (k - b < OPENING)
-    see = see & (k <= q) & (ki < n_keys)
+    see = see & (k <= q)
+    if BEHIND:
+        see = see & (k <= last)
     if EXPLICIT or DOCS:
         see = see & (k >= b)
     return see
@@ -118,7 +121,7 @@ def forward_kernel(
     Q, K, V, O, LSE, Q_AT, K_AT, BEGIN, SLOPE, TABLE, WHO, ITEM, LO, HI, LIST,
     Z, wide, n, n_keys, q_first, k_first, layer, scale,
     H: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, REACH: tl.constexpr, K_HEADS: tl.constexpr,
-    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
+    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head over its blocks of keys."""
@@ -144,7 +147,7 @@ def forward_kernel(
         kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
         s = biased(s, scale, qp, kp, slope, TABLE, far, REACH, BIAS)
         if e < 0:
-            s = tl.where(seen(qp, kp, qb, ki[None, :], h, layer, n_keys, RULE, EXPLICIT, DOCS, ALWAYS, OPENING), s, MASKED)
+            s = tl.where(seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
         new = tl.maximum(m, tl.max(s, 1) * factor)
         # a row that has seen nothing yet has a maximum far below any score
         safe = tl.where(new > -1e20, new, 0.0)
@@ -180,7 +183,7 @@ def dq_kernel(
     Q, K, V, DO, DQ, LSE, DELTA, DTABLE, Q_AT, K_AT, BEGIN, SLOPE, TABLE, WHO, ITEM, LO, HI, LIST,
     Z, wide, n, n_keys, q_first, k_first, layer, scale, plain,
     H: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, REACH: tl.constexpr, K_HEADS: tl.constexpr,
-    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
+    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ = dS K of one block of queries, and with a table its gradient, the sum of dS by distance."""
@@ -210,7 +213,7 @@ def dq_kernel(
         kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
         s = biased(s, scale, qp, kp, slope, TABLE, far, REACH, BIAS)
         if e < 0:
-            s = tl.where(seen(qp, kp, qb, ki[None, :], h, layer, n_keys, RULE, EXPLICIT, DOCS, ALWAYS, OPENING), s, MASKED)
+            s = tl.where(seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
         p = tl.math.exp2(s * factor - lse)
         dp = tl.dot(do, V.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
         ds = p * (dp - delta)
@@ -230,7 +233,7 @@ def dkv_kernel(
     Q, K, V, DO, DK, DV, PART, LSE, DELTA, Q_AT, K_AT, BEGIN, SLOPE, TABLE, WHO, ITEM, LO, HI, SLOT, LIST,
     Z, wide, n, n_keys, q_first, k_first, layer, scale, plain,
     H: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, REACH: tl.constexpr, K_HEADS: tl.constexpr,
-    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
+    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dV = P^T dO and dK = dS^T Q of one block of keys, or a float32 part of them in PART [slot, B K, 2, BK, DP]."""
@@ -264,7 +267,7 @@ def dkv_kernel(
         s = biased(s, scale, qp, kp, slope, MINE, far, REACH, BIAS)
         if e < 0:
             qb = begins(BEGIN + b * n, r, n, DOCS)[None, :]
-            s = tl.where(seen(qp, kp, qb, ki[:, None], h, layer, n_keys, RULE, EXPLICIT, DOCS, ALWAYS, OPENING), s, MASKED)
+            s = tl.where(seen(qp, kp, qb, ki[:, None], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
         p = tl.math.exp2(s * factor - lse)
         dv = tl.dot(p.to(Q.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, do.T, input_precision=PRECISION)
@@ -273,9 +276,9 @@ def dkv_kernel(
         DK.store([b, hk, j * BK, 0], (dk * plain).to(Q.dtype).reshape(1, 1, BK, DP))
         DV.store([b, hk, j * BK, 0], dv.to(Q.dtype).reshape(1, 1, BK, DP))
     else:
-        at = PART + ((slot * Z + z).to(tl.int64) * 2 * BK + tl.arange(0, BK)[:, None]) * DP + tl.arange(0, DP)[None, :]
-        tl.store(at, dk * plain)
-        tl.store(at + BK * DP, dv)
+        to = PART + ((slot * Z + z).to(tl.int64) * 2 * BK + tl.arange(0, BK)[:, None]) * DP + tl.arange(0, DP)[None, :]
+        tl.store(to, dk * plain)
+        tl.store(to + BK * DP, dv)
 
 
 @triton.jit(do_not_specialize=["m", "wide"])
@@ -438,6 +441,7 @@ class Call(NamedTuple):
             "K_HEADS": self.key_heads(),
             "RULE": compiled(rule_of(self.rule)),
             "EXPLICIT": self.where.q_at is not None,
+            "BEHIND": self.where.q_at is None and self.where.q_first + q.shape[2] > self.where.k_first + k.shape[2],
             "DOCS": self.where.begin is not None,
             "ALWAYS": self.always,
             "OPENING": self.opening,
