@@ -6,13 +6,12 @@ without a mask for plain causal attention of consecutive tokens, block by block 
 blocks the blocks wherever they apply.
 """
 
-import functools
 import os
 from typing import Any, NamedTuple
 
 import ops
 from kernels import blocks, dense
-from kernels.spans import behaviours, is_causal
+from kernels.spans import is_causal
 
 ENGINE = os.environ.get("NANOLONG_KERNEL", "auto")
 
@@ -28,7 +27,7 @@ class Places(NamedTuple):
     first: int | None = None
 
 
-def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None):
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, lse=False):
     """Attention of queries at positions over keys at positions, under a rule.
 
     q [B, H, T, D]; k, v [B, K, N, D] with K dividing H; q_at, k_at Places of T and N; rule a Plugin of attention/.
@@ -37,15 +36,21 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     always: that many leading keys are exempt from the rule (not from causality, documents or emptiness).
     opening: so are the first so many tokens of each document.
     scale: multiplies the logits; None: D ** -0.5.
-    Returns [B, H, T, D]. A query that may see nothing gives zeros, except padding (position -1), whose rows are undefined.
+    lse: return (y, lse), lse [B, H, T] float32 the natural logarithm of the sum of exp(scaled logits) over what a query sees, -inf
+    where that is nothing. Both have gradients, so that attention over parts of the keys can be merged.
+    Returns y [B, H, T, D]. A query that may see nothing gives zeros, except padding (position -1), whose rows are undefined.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    what = q, k, v, q_at, k_at, rule, begin, always, opening, scale
     if ENGINE == "dense":
-        return dense.attend(q, k, v, q_at, k_at, rule, begin, always, opening, scale)
-    if ENGINE == "auto" and causal(q_at, k_at, q.shape[2], k.shape[2], rule, begin):
+        return dense.attend(*what, lse)
+    if ENGINE == "auto" and not lse and causal(q_at, k_at, q.shape[2], k.shape[2], rule, begin):
         return ops.sdpa(q, k, v, "causal" if q.shape[2] > 1 else None, scale)
-    if ENGINE in ("auto", "blocks") and sparse(q.shape, k.shape[2], q_at, k_at, rule, begin, always, opening):
-        return blocks.attend(q, k, v, q_at, k_at, rule, begin, always, opening, scale)
+    if ENGINE in ("auto", "blocks") and sparse(q.shape, k.shape[2], q_at, k_at, rule, begin, always, opening, lse):
+        return blocks.attend(*what, lse)
+    if lse:
+        # the frameworks' fused attention keeps it to itself
+        return dense.attend(*what, lse)
     return ops.sdpa(q, k, v, dense.visible(q_at, k_at, rule, begin, always, opening, q.shape[1]), scale)
 
 
@@ -56,21 +61,21 @@ def causal(q_at, k_at, T, N, rule, begin):
     return rule.name == "full" or is_causal(rule, N, k_at.first)
 
 
-def sparse(shape, N, q_at, k_at, rule, begin, always, opening):
+def sparse(shape, N, q_at, k_at, rule, begin, always, opening, lse=False):
     """Can attention of queries [B, H, T, D] over N keys go block by block, and does that pay?"""
     _, H, T, _ = shape
-    if T == 1 or q_at.first is None or k_at.first is None or ops.tracing():
+    if T == 1 or q_at.first is None or k_at.first is None:
         return False
-    if ENGINE == "auto" and (T * N < LEAST or not worth()):
+    if ENGINE == "auto" and (T * N < LEAST or not (lse or worth())):
         return False
+    if ops.tracing():
+        # the plan is made when the graph runs: what it leaves out is not known here
+        return True
     if begin is not None and ops.known(begin) is None:
         return False
-    if ENGINE == "blocks":
+    if ENGINE == "blocks" or lse:
         return True
-    what = rule, (q_at.first, T), (k_at.first, N)
-    if begin is None:
-        return share(*what, None, always, opening, H) < worth()
-    return share.__wrapped__(*what, blocks.documents(begin), always, opening, H) < worth()
+    return blocks.share(rule, (q_at.first, T), (k_at.first, N), blocks.documents(begin), always, opening, H) < worth()
 
 
 LEAST = 1 << 17  # scores of a head below which one call with a mask is as good
@@ -79,10 +84,3 @@ LEAST = 1 << 17  # scores of a head below which one call with a mask is as good
 def worth():
     """The share of all scores below which blocks are faster: measured on CPUs; on a GPU only NANOLONG_KERNEL=blocks takes them."""
     return 0.0 if ops.on_gpu() else 0.6
-
-
-@functools.lru_cache(maxsize=256)
-def share(rule, q, k, docs, always, opening, heads):
-    """The share of all scores that lies in blocks."""
-    found = blocks.found(rule, q, k, docs, always, opening, heads)
-    return blocks.area(found, behaviours(rule, heads), q[1]) / (q[1] * k[1] * heads)

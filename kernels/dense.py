@@ -24,11 +24,13 @@ def sees(q, k, b, h, n, rule, always, opening):
     return (see & (k <= q) & (k >= b)) | (q < 0)
 
 
-def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None):
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, lse=False):
     """See kernels.attend. Queries that may see nothing give zeros."""
     H, D = q.shape[1], q.shape[3]
     see = visible(q_at, k_at, rule, begin, always, opening, H)
     k, v = (ops.cast(ops.repeat(x, H // k.shape[1], 1), ops.float32) for x in (k, v))
     s = ops.cast(q, ops.float32) @ ops.swap(k, 2, 3) * (D**-0.5 if scale is None else scale)
-    p = ops.softmax(ops.where(see, s, -1e30), -1) * ops.cast(see, ops.float32)
-    return ops.cast(p @ v, q.dtype)
+    s = ops.where(see, s, -1e30)
+    p = ops.softmax(s, -1) * ops.cast(see, ops.float32)
+    y = ops.cast(p @ v, q.dtype)
+    return (y, ops.where(ops.amax(see, -1)[..., 0], ops.logsumexp(s, -1), -float("inf"))) if lse else y
