@@ -35,7 +35,7 @@ def biases(q_at, k_at, bias, heads):
     return ops.entries(bias.table.reshape(-1), at.reshape(-1), 0).reshape(at.shape)
 
 
-def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, bias=None):
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, bias=None, lse=False):
     """See kernels.attend. Queries that may see nothing give zeros."""
     H, D = q.shape[1], q.shape[3]
     see = visible(q_at, k_at, rule, begin, always, opening, H)
@@ -43,5 +43,7 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     s = ops.cast(q, ops.float32) @ ops.swap(k, 2, 3) * (D**-0.5 if scale is None else scale)
     if bias is not None:
         s = s + biases(q_at, k_at, bias, H)
-    p = ops.softmax(ops.where(see, s, -1e30), -1) * ops.cast(see, ops.float32)
-    return ops.cast(p @ v, q.dtype)
+    s = ops.where(see, s, -1e30)
+    p = ops.softmax(s, -1) * ops.cast(see, ops.float32)
+    y = ops.cast(p @ v, q.dtype)
+    return (y, ops.where(ops.amax(see, -1)[..., 0], ops.logsumexp(s, -1), -float("inf"))) if lse else y

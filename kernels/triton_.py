@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import ops
 from kernels import plan
 from kernels.inline import compiled
 from kernels.layout import layout
@@ -345,7 +346,7 @@ class Where(NamedTuple):
 def works(where, q, k, rule, always, opening):
     """The Work of forward, dQ and dK/dV for these tensors and places: from a cache if it is there."""
     (B, H, n, D), (K, n_keys) = q.shape, k.shape[1:3]
-    host = [None if x is None else on_host(x) for x in where[2:]]
+    host = [None if x is None else ops.known(x) for x in where[2:]]
     sides = (where.q_first, n), (where.k_first, n_keys)
     key = rule, sides, *(x if x is None else (x.shape, x.tobytes()) for x in host), B, H, K, D, q.dtype, q.device, always, opening
     made = recent.pop(key, None)
@@ -384,10 +385,6 @@ def plans(host, sides, blocks, rule, B, H, K, always, opening, device):
     by_query = plan.by_query(found(forward)).to(put)
     again = by_query if dq[:2] == forward[:2] else plan.by_query(found(dq)).to(put)
     return by_query, again, plan.by_key(found(dkv), K).to(put)
-
-
-def on_host(x):
-    return x.detach().cpu().numpy()
 
 
 def ready(x):

@@ -11,7 +11,7 @@ import ops
 import plugins
 from kernels import Bias
 
-if not kernels.has_triton():
+if not kernels.TRITON:
     pytest.skip("needs Triton, and CUDA or TRITON_INTERPRET=1", allow_module_level=True)
 
 import torch
