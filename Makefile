@@ -35,7 +35,7 @@ lint: .venv/lint
 
 .venv/test: .venv/base
 	$(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q "$(MLX)" transformers accelerate mlx-lm pytest
+	$(PY) -m pip install -q "$(MLX)" transformers accelerate mlx-lm pytest $(if $(MAC),,triton)
 	touch $@
 
 .venv/lint: .venv/base

@@ -74,10 +74,11 @@ def begins(BEGIN, r, n, DOCS: tl.constexpr):
 
 
 @triton.jit
-def biased(s, scale, q, k, slope, TABLE, far, REACH: tl.constexpr, BIAS: tl.constexpr):
-    """Scores in base 2 from raw products: slope: - slope * (q - k); table: + TABLE[min(q - k, REACH - 1)], far: that of distant keys."""
+def biased(s, scale, q, k, near, slope, TABLE, far, REACH: tl.constexpr, BIAS: tl.constexpr):
+    """Scores in base 2 from raw products: slope: - slope * (q - k); table: + TABLE[min(q - k, REACH - 1)], far: that of distant keys.
+    near: a position of the block that stays while others pass: distances from it are exact, and one subtraction a score is enough."""
     if BIAS == "slope":
-        return s * scale - slope * (q - k).to(tl.float32)
+        return s * scale - (slope * (q - near).to(tl.float32) - slope * (k - near).to(tl.float32))
     elif BIAS == "table":
         if tl.min(q) - tl.max(k) >= REACH - 1:
             b = tl.zeros_like(s) + far
@@ -135,7 +136,7 @@ def forward_kernel(
     qb = begins(BEGIN + b * n, r, n, DOCS)[:, None]
     slope, TABLE, far = bias_of(SLOPE, TABLE, h, REACH, BIAS)
     K_AT += (b * K_HEADS + h // G % K_HEADS) * n_keys
-    factor = factor_of(scale, BIAS)
+    factor, near = factor_of(scale, BIAS), tl.max(qp)
     q = Q.load([b, h, i * BQ, 0]).reshape(BQ, DP)
     m = tl.full([BQ], MASKED, tl.float32)
     l = tl.zeros([BQ], tl.float32)
@@ -146,7 +147,7 @@ def forward_kernel(
         s = tl.dot(q, K.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
         ki = j + tl.arange(0, BK)
         kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
-        s = biased(s, scale, qp, kp, slope, TABLE, far, REACH, BIAS)
+        s = biased(s, scale, qp, kp, near, slope, TABLE, far, REACH, BIAS)
         if e < 0:
             s = tl.where(seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
         new = tl.maximum(m, tl.max(s, 1) * factor)
@@ -198,7 +199,7 @@ def dq_kernel(
     qb = begins(BEGIN + b * n, r, n, DOCS)[:, None]
     slope, TABLE, far = bias_of(SLOPE, TABLE, h, REACH, BIAS)
     K_AT += (b * K_HEADS + h // G % K_HEADS) * n_keys
-    factor = factor_of(scale, BIAS)
+    factor, near = factor_of(scale, BIAS), tl.max(qp)
     q = Q.load([b, h, i * BQ, 0]).reshape(BQ, DP)
     do = DO.load([b, h, i * BQ, 0]).reshape(BQ, DP)
     lse = tl.load(LSE + at, mask=r < n, other=1e30)[:, None]
@@ -212,7 +213,7 @@ def dq_kernel(
         s = tl.dot(q, k.T, input_precision=PRECISION)
         ki = j + tl.arange(0, BK)
         kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
-        s = biased(s, scale, qp, kp, slope, TABLE, far, REACH, BIAS)
+        s = biased(s, scale, qp, kp, near, slope, TABLE, far, REACH, BIAS)
         if e < 0:
             s = tl.where(seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
         p = tl.math.exp2(s * factor - lse)
@@ -246,7 +247,7 @@ def dkv_kernel(
     slot = tl.load(SLOT + at)
     ki = j * BK + tl.arange(0, BK)
     kp = positions(K_AT + (b * K_HEADS + hk % K_HEADS) * n_keys, k_first, ki, n_keys, EXPLICIT)[:, None]
-    factor = factor_of(scale, BIAS)
+    factor, near = factor_of(scale, BIAS), tl.max(kp)
     k = K.load([b, hk, j * BK, 0]).reshape(BK, DP)
     v = V.load([b, hk, j * BK, 0]).reshape(BK, DP)
     dk = tl.zeros([BK, DP], tl.float32)
@@ -265,7 +266,7 @@ def dkv_kernel(
         delta = tl.load(DELTA + row, mask=r < n, other=0.0)[None, :]
         qp = positions(Q_AT + b * n, q_first, r, n, EXPLICIT)[None, :]
         slope, MINE, far = bias_of(SLOPE, TABLE, h, REACH, BIAS)
-        s = biased(s, scale, qp, kp, slope, MINE, far, REACH, BIAS)
+        s = biased(s, scale, qp, kp, near, slope, MINE, far, REACH, BIAS)
         if e < 0:
             qb = begins(BEGIN + b * n, r, n, DOCS)[None, :]
             s = tl.where(seen(qp, kp, qb, ki[:, None], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
