@@ -351,12 +351,16 @@ def test_a_plan_is_made_once(use, cut, monkeypatch):
     use("blocks")
     made, plain = [], blocks.stripes
     monkeypatch.setattr(blocks, "stripes", lambda *how: made.append(how) or plain(*how))
-    blocks.planned.cache_clear()
+    blocks.recent.clear()
     model, tokens = tiny("longformer:window=21,n_global=2", layers=3), text(98, 2)
     begin = {"begin": cut_in_two(97, 33, 2)[:, 0]}
     for n, how in ((1, {}), (1, {}), (2, begin), (2, begin)):
         loss_and_gradients(model, tokens, **how)
         assert len(made) == n
+    # what is kept is bounded, and the last one stays
+    monkeypatch.setattr(blocks, "ROOM", 1)
+    loss_and_gradients(model, tokens)
+    assert len(blocks.recent) == 1 and len(made) == 2
 
 
 @pytest.mark.parametrize("first", [0, 30])
@@ -385,6 +389,20 @@ def test_heads_that_see_all(use, cut, monkeypatch, spec, H, K, first):
     asked.clear()
     agree(use, "blocks", "float32", arrays, *where, rule, documents(np.random.default_rng(0), first, 70, 2))
     assert not [x for x in asked if isinstance(x[3], str)]
+
+
+@torch_only
+def test_a_plan_made_in_inference_serves_training(use, cut):
+    import torch
+
+    cut((16, 16), 1)
+    use("blocks")
+    blocks.recent.clear()
+    for spec in ("longformer:window=9,n_global=2", "bigbird:block=8,window=1,n_global=0", "dilated:window=9,heads=1"):
+        arrays, how = inputs(1, 4, 2, 70, 70, 8), (at(0, 70), at(0, 70), parse(spec))
+        with torch.inference_mode():
+            kernels.attend(*(x.clone() for x in arrays[:3]), *how)
+        agree(use, "blocks", "float32", arrays, *how)
 
 
 def test_too_many_blocks_are_refused(monkeypatch):
