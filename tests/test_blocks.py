@@ -405,7 +405,7 @@ def test_plans_do_not_mix(use, cut):
         "heads": (2, 4, 2),
     }
     others = {
-        "rule": ["bigbird:block=8,window=2,n_global=0", "window:window=9"],
+        "rule": ["window:window=30", "longformer:window=9"],
         "q": [(19, 60), (20, 59)],
         "k": [(1, 80), (0, 79)],
         "always": [7],
