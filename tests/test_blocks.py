@@ -396,7 +396,7 @@ def test_plans_do_not_mix(use, cut):
     cut((16, 16), 1)
     begin = lambda i: documents(np.random.default_rng(i), 20, 60, 2)
     usual = {
-        "rule": "bigbird:block=8,window=1,n_global=0",
+        "rule": "window:window=9",
         "q": (20, 60),
         "k": (0, 80),
         "begin": None,
