@@ -1,15 +1,18 @@
 """PyTorch behind the names of ops. Mirrored, name for name and in the same order, by mlx_.py."""
 
+import collections
 import functools
 import inspect
 import os
 import typing
 import weakref
+from contextlib import nullcontext
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
@@ -230,20 +233,22 @@ def tracing():
 
 
 def known(x):
-    """The array as numpy, or None inside a traced function, where it has no values yet. What was asked for last is remembered, for
-    the device must finish before it can be read; writing into x.data goes unnoticed."""
-    global _host
+    """The array as numpy, or None inside a traced function, where it has no values yet. The last few that were asked for are
+    remembered, for the device must finish before they can be read; writing into x.data goes unnoticed."""
     if tracing():
         return None
     if x.is_inference():
         # nobody counts what is written into it
         return numpy(x)
-    if _host is None or _host[0]() is not x or _host[1] != x._version:
-        _host = weakref.ref(x), x._version, numpy(x)
-    return _host[2]
+    for there, version, numbers in _host:
+        if there() is x and version == x._version:
+            return numbers
+    # a copy: on a CPU the numbers would be the array's own
+    _host.append((weakref.ref(x), x._version, numpy(x).copy()))
+    return _host[-1][2]
 
 
-_host = None  # the array that was asked for last, its version then, and its numbers
+_host = collections.deque(maxlen=4)  # arrays that were asked for, their versions then, and their numbers
 
 
 _turns = {}
@@ -265,7 +270,12 @@ def sdpa(q, k, v, mask, scale):
     causal = isinstance(mask, str) and T == N
     if isinstance(mask, str):
         mask = None if causal else causal_lower_right(T, N) if q.is_cuda else torch.ones(T, N, dtype=torch.bool).tril(N - T)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    # cuDNN's kernels, where it has them, are the fastest on recent GPUs, and torch would ask FlashAttention-2 first
+    with sdpa_kernel(_fastest, set_priority=True) if causal and q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+_fastest = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _one_row(q, k, v, mask, scale):

@@ -10,7 +10,7 @@ import kernels
 import ops
 import plugins
 
-ENGINES = ["stock", "auto", "blocks"]
+ENGINES = ["stock", "auto", "blocks", *(["triton"] if kernels.TRITON else [])]
 RULES = [small("attention", n) for n in plugins.names("attention") if hasattr(plugins.load("attention", n), "allowed")]
 # rows, query heads, key heads, queries, keys, head width
 SHAPES = [(1, 4, 4, 1, 1, 8), (2, 4, 2, 17, 17, 8), (3, 6, 1, 1, 33, 16), (2, 4, 4, 37, 61, 20), (1, 2, 2, 128, 131, 32)]
