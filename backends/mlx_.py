@@ -232,8 +232,8 @@ def angles(pos, per_turn):
 def sdpa(q, k, v, mask, scale):
     """The framework's fused attention. mask: None, a bool array that broadcasts to [B, H, T, N], or "causal" (the last T of N)."""
     y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    # a row that may see nothing comes back as an average of v: it means zero
-    return y if mask is None or isinstance(mask, str) else y * mask.any(-1, keepdims=True).astype(y.dtype)
+    # a row that may see nothing comes back as an average of v, or as no number at all: it means zero
+    return y if mask is None or isinstance(mask, str) else mx.where(mask.any(-1, keepdims=True), y, 0)
 
 
 def cross_entropy(logits, targets):

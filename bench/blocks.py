@@ -5,6 +5,10 @@ NANOLONG_BACKEND=torch python bench/blocks.py --length 16k
 Memory is the peak of the first call above inputs, outputs and gradients; the mask array, which only the framework's attention
 needs, is not counted among the inputs (its size is given too). The time to build the mask and the layout is not measured: the
 first is once a run, the second stays in a cache.
+
+--sweep tries what suits a device instead, in one process: how many scores live at once, the blocks' sizes, then longer texts.
+
+NANOLONG_BACKEND=mlx python bench/blocks.py --sweep 24,26,28 --blocks 128x64 --lengths 16k,64k --dtype bfloat16 --heads 16/16
 """
 
 import argparse
@@ -31,6 +35,10 @@ def parser():
     p.add_argument("--repeat", type=int, default=3, help="timed calls after the first one")
     p.add_argument("--name")
     p.add_argument("--out")
+    p.add_argument("--sweep", metavar="BITS", help="logarithms to base 2 of the scores that live at once, as in 24,26,28")
+    p.add_argument("--blocks", default="", help="of the sweep: sizes of blocks to try besides the engine's own, as in 128x32,128x64")
+    p.add_argument("--lengths", default="16k", help="of the sweep: lengths; the first is where sizes are tried and the mask is timed")
+    p.add_argument("--limit", type=float, default=110, help="of the sweep: seconds after which nothing more is begun")
     p.add_argument("--case", help=argparse.SUPPRESS)
     return p
 
@@ -122,6 +130,75 @@ def measure(args):
     return {"seconds": times[1:] or times, "peak": top, "mask": mask, "sample": sample}
 
 
+def sweep(args):
+    """Prints a line for each case as it is done; a case that fails says why, and the others go on."""
+    import ops
+    import plugins
+    from kernels import blocks
+
+    began, (H, K), rule = time.perf_counter(), args.heads, plugins.parse("attention", args.attn)
+    ops.use(args.device)
+    sizes = [tuple(map(int, size.split("x"))) for size in args.blocks.split(",") if size]
+    lengths = [plugins.number(n) for n in args.lengths.split(",")]
+    own, times, result = blocks.BLOCK, {}, []
+    print(f"{args.attn}, heads {H}/{K}, width {args.width}, {args.dtype}, {ops.device()}; least of {args.repeat} after the first call, ms")
+    print(f"{'':24}{'tokens':>8}{'forward':>10}{'both':>10}{'first':>10}{'MB':>8}", flush=True)
+
+    def timed(engine, n, bits=0, size=own):
+        """Seconds forward, and forward and backward; None: failed or too late."""
+        name = engine if engine == "mask" else f"2^{bits}, {size[0]} x {size[1]}"
+        if time.perf_counter() - began > args.limit:
+            return print(f"{name:24}{n:8}  not begun after {args.limit:.0f} s", flush=True)
+        blocks.BLOCK, blocks.stacked = size, lambda: 1 << bits
+        try:
+            f, _ = attention(engine, rule, n)
+            arrays = [ops.normal((1, h, n, args.width), getattr(ops, args.dtype)) for h in (H, K, K, H)]
+            ops.wait(arrays)
+            reset_peak()
+            taken = []
+            for g, given in ((lambda *x: (f(*x),), arrays[:3]), (derivative(f), arrays)):
+                with ops.no_grad() if len(given) == 3 else contextless():
+                    each = []
+                    for _ in range(args.repeat + 1):
+                        start = time.perf_counter()
+                        ops.wait(g(*given))
+                        each.append(time.perf_counter() - start)
+                taken += [min(each[1:] or each), each[0]]
+        except (RuntimeError, MemoryError) as no:
+            return print(f"{name:24}{n:8}  failed: {str(no)[:200]}", flush=True)
+        forward, first, both, again = (1e3 * x for x in taken)
+        memory = (ops.peak_memory() or 0) / 1e6
+        print(f"{name:24}{n:8}{forward:10.2f}{both:10.2f}{first + again:10.0f}{memory:8.0f}", flush=True)
+        result.append({"case": name, "tokens": n, "forward": round(forward, 3), "both": round(both, 3), "megabytes": round(memory)})
+        return both
+
+    for bits in map(int, args.sweep.split(",")):
+        times[bits, own] = timed("blocks", lengths[0], bits)
+    best = lambda: min((t, how) for how, t in times.items() if t)[1]
+    for size in sizes if any(times.values()) else ():
+        bits = best()[0]
+        times[bits, size] = timed("blocks", lengths[0], bits, size)
+    for n in lengths[1:] if any(times.values()) else ():
+        timed("blocks", n, *best())
+    timed("mask", lengths[0])
+    how = {"backend": ops.BACKEND, "attn": args.attn, "heads": f"{H}/{K}", "width": args.width, "dtype": args.dtype}
+    if args.name:
+        common.save(args.name, {**how, "milliseconds": result}, args.out)
+
+
+def reset_peak():
+    import ops
+
+    if ops.BACKEND == "mlx":
+        import mlx.core as mx
+
+        return mx.reset_peak_memory()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def contextless():
     import contextlib
 
@@ -132,6 +209,8 @@ def main():
     args = parser().parse_args()
     backend = os.environ.setdefault("NANOLONG_BACKEND", __import__("ops").BACKEND)
     args.heads = tuple(map(int, (args.heads or ("9/3" if backend == "torch" else "3/1")).split("/")))
+    if args.sweep:
+        return sweep(args)
     if args.case:
         return print(json.dumps(measure(args)))
     here = {"backend": backend, "length": args.length, "attn": args.attn, "heads": "/".join(map(str, args.heads)), "width": args.width}

@@ -72,14 +72,12 @@ def shared(keys):
     return once if keys == [i for i in once for _ in range(len(keys) // len(once))] else keys
 
 
-def of_heads(x, heads):
-    """The heads of x [B, H, ., .], as a view if they are neighbours."""
+def of_heads(x, heads, at=None):
+    """The heads of x [B, H, ., .], as a view if they are neighbours. at: the same as an array, if there is one."""
     a, b = heads[0], heads[-1] + 1
-    return x if heads == list(range(x.shape[1])) else x[:, a:b] if heads == list(range(a, b)) else entries(x, heads)
-
-
-def entries(x, i):
-    return ops.entries(x, ops.array(np.array(i, np.int32)), 1)
+    if heads == list(range(a, b)):
+        return x if b - a == x.shape[1] else x[:, a:b]
+    return ops.entries(x, ops.array(np.array(heads, np.int32)) if at is None else at, 1)
 
 
 # ---------------------------------------------------------------- the plan: what the host finds out once
@@ -115,7 +113,7 @@ def found(rule, q, k, docs, always, opening, who):
     return out
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def share(rule, q, k, docs, always, opening, heads):
     """The share of all scores that blocks compute, of the heads that are left to them."""
     plain = causal_heads(rule, q, k, docs is not None, heads)
@@ -125,9 +123,11 @@ def share(rule, q, k, docs, always, opening, heads):
 
 
 class Group(NamedTuple):
-    """Heads that behave alike: query heads, the key heads that they read, and one of them to ask the rule with, [1, 1, 1]."""
+    """Heads that behave alike: query heads, as an array too, the key heads that they read, and one of them to ask the rule with,
+    [1, 1, 1]."""
 
     heads: list
+    at: Any
     keys: list
     head: Any
 
@@ -147,22 +147,41 @@ class Plan(NamedTuple):
 
     steps: list
     back: Any
+    nbytes: int
 
 
-# the arrays are on the device, so that the layers of a model, and its backward pass, find them there
-@functools.lru_cache(maxsize=16)
-def planned(rule, q, k, docs, always, opening, heads, key_heads, room, block, device):
-    """The Plan for query heads `heads` (their numbers for the rule) over key_heads; block and device tell plans apart."""
+def planned(*how):
+    """The Plan for these arguments of plan(), from those that were made last: the layers of a model, and its backward pass, find the
+    arrays on the device."""
+    key = *how, stacked(), BLOCK, str(ops.device())
+    made = recent.pop(key, None)
+    recent[key] = made = made or plan(*how)
+    while len(recent) > 1 and sum(x.nbytes for x in recent.values()) > ROOM:
+        del recent[next(iter(recent))]
+    return made
+
+
+recent = {}  # plans by everything that they depend on, the last one asked for at the end
+ROOM = 1 << 27  # bytes of arrays that are kept
+
+
+def plan(rule, q, k, docs, always, opening, heads, key_heads, rows):
+    """The Plan for query heads `heads` (their numbers for the rule) over key_heads, in so many rows."""
     every = behaviours(rule, max(heads) + 1)
     who = [every[h] for h in heads]
     layouts = found(rule, q, k, docs, always, opening, who)
-    put = lambda x: ops.array(np.ascontiguousarray(x, np.int32))
-    groups = []
+    nbytes, groups = 0, []
+
+    def put(x):
+        nonlocal nbytes
+        nbytes += 4 * np.size(x)
+        return ops.array(np.ascontiguousarray(x, np.int32))
+
     for h in layouts:
         mine = [i for i, first in enumerate(who) if first == h]
-        groups.append(Group(mine, shared([i * key_heads // len(who) for i in mine]), put([[[h]]])))
-    lists, n, steps = [x.rows for x in layouts.values()], -(-k[1] // block[1]), []
-    for a, b, tables in stripes(lists, q[1], room):
+        groups.append(Group(mine, put(mine), shared([i * key_heads // len(who) for i in mine]), put([[[h]]])))
+    lists, n, steps = [x.rows for x in layouts.values()], -(-k[1] // BLOCK[1]), []
+    for a, b, tables in stripes(lists, q[1], stacked() // (rows * len(heads))):
         at = put((q[0] + np.arange(a, b)).reshape(len(tables[0]), 1, -1, 1))
         work = []
         for g, t in zip(groups, tables):
@@ -171,7 +190,8 @@ def planned(rule, q, k, docs, always, opening, heads, key_heads, room, block, de
         if any((t >= 0).any() for t in tables):
             steps.append((a, b, work))
     order = [i for g in groups for i in g.heads]
-    return Plan(steps, None if order == sorted(order) else put(np.argsort(order)))
+    back = None if order == sorted(order) else put(np.argsort(order))
+    return Plan(steps, back, nbytes)
 
 
 def stripes(lists, T, room):
@@ -205,13 +225,12 @@ class Call:
     """One call's plan, and what both passes do with it."""
 
     def __init__(self, q, k, begin, rule, heads, q_first, k_first, always, opening):
-        (B, H, T, _), (K, N) = q.shape, k.shape[1:3]
+        (B, _, T, _), (K, N) = q.shape, k.shape[1:3]
         docs = documents(begin)
         self.B, self.N, self.rule, self.first, self.exempt = B, N, rule_of(rule), k_first, (always, opening)
         # rows whose documents begin alike share a mask
         self.begin = begin[:1] if docs is not None and docs.count == 1 else begin
-        where, how = ((q_first, T), (k_first, N)), (stacked() // (B * H), BLOCK, str(ops.device()))
-        self.steps, self.back = planned(self.rule, *where, docs, always, opening, tuple(heads), K, *how)
+        self.steps, self.back, _ = planned(self.rule, (q_first, T), (k_first, N), docs, always, opening, tuple(heads), K, B)
 
     def blocks(self, x):  # [B, K, N, D] -> [B, K blocks, block, D]
         B, K, N, D = x.shape
@@ -220,7 +239,7 @@ class Call:
         return x.reshape(B, -1, BLOCK[1], D)
 
     def cut(self, x, a, b, w):  # [B, H, T, D] -> [s, B h, r, D]
-        x = of_heads(x[:, :, a:b], w.group.heads)
+        x = of_heads(x[:, :, a:b], w.group.heads, w.group.at)
         s, r = w.at.shape[0], w.at.shape[2]
         return ops.swap(x.reshape(-1, s, r, x.shape[3]), 0, 1)
 

@@ -83,7 +83,7 @@ def test_far_out(use, cut):
         agree(use, "blocks", "float32", inputs(1, 4, 2, 60, 99, 8), at(2**20 + 39, 60), at(2**20, 99), parse(spec), None, 4)
 
 
-@pytest.mark.parametrize("first, keys", [(0, 20), (90, 0), (8, 3), (0, 60)])
+@pytest.mark.parametrize("first, keys", [(0, 20), (90, 0), (8, 3), (0, 60), (55, 0)])
 def test_keys_that_are_not_the_queries_own(use, cut, first, keys):
     """Queries before all keys, behind all of them, in their midst; a query that sees nothing gives zeros."""
     cut((16, 16), 1)
@@ -351,12 +351,16 @@ def test_a_plan_is_made_once(use, cut, monkeypatch):
     use("blocks")
     made, plain = [], blocks.stripes
     monkeypatch.setattr(blocks, "stripes", lambda *how: made.append(how) or plain(*how))
-    blocks.planned.cache_clear()
+    blocks.recent.clear()
     model, tokens = tiny("longformer:window=21,n_global=2", layers=3), text(98, 2)
     begin = {"begin": cut_in_two(97, 33, 2)[:, 0]}
     for n, how in ((1, {}), (1, {}), (2, begin), (2, begin)):
         loss_and_gradients(model, tokens, **how)
         assert len(made) == n
+    # what is kept is bounded, and the last one stays
+    monkeypatch.setattr(blocks, "ROOM", 1)
+    loss_and_gradients(model, tokens)
+    assert len(blocks.recent) == 1 and len(made) == 2
 
 
 @pytest.mark.parametrize("first", [0, 30])
@@ -385,6 +389,47 @@ def test_heads_that_see_all(use, cut, monkeypatch, spec, H, K, first):
     asked.clear()
     agree(use, "blocks", "float32", arrays, *where, rule, documents(np.random.default_rng(0), first, 70, 2))
     assert not [x for x in asked if isinstance(x[3], str)]
+
+
+def test_plans_do_not_mix(use, cut):
+    """Calls that differ in one thing only, one after the other."""
+    cut((16, 16), 1)
+    begin = lambda i: documents(np.random.default_rng(i), 20, 60, 2)
+    usual = {
+        "rule": "window:window=9",
+        "q": (20, 60),
+        "k": (0, 80),
+        "begin": None,
+        "always": 0,
+        "opening": 0,
+        "heads": (2, 4, 2),
+    }
+    others = {
+        "rule": ["window:window=30", "longformer:window=9"],
+        "q": [(19, 60), (20, 59)],
+        "k": [(1, 80), (0, 79)],
+        "always": [7],
+    }
+    others |= {"begin": [begin(1), begin(2)], "opening": [9], "heads": [(1, 4, 2), (2, 4, 4), (2, 4, 1), (2, 2, 2)]}
+    for name, values in others.items():
+        for value in [usual[name], *values, usual[name]]:
+            x = {**usual, name: value}
+            arrays, last = inputs(*x["heads"], x["q"][1], x["k"][1], 8), (x["begin"], x["always"], x["opening"])
+            agree(use, "blocks", "float32", arrays, at(*x["q"]), at(*x["k"]), parse(x["rule"]), *last)
+
+
+@torch_only
+def test_a_plan_made_in_inference_serves_training(use, cut):
+    import torch
+
+    cut((16, 16), 1)
+    use("blocks")
+    blocks.recent.clear()
+    for spec in ("longformer:window=9,n_global=2", "bigbird:block=8,window=1,n_global=0", "dilated:window=9,heads=1"):
+        arrays, how = inputs(1, 4, 2, 70, 70, 8), (at(0, 70), at(0, 70), parse(spec))
+        with torch.inference_mode():
+            kernels.attend(*(x.clone() for x in arrays[:3]), *how)
+        agree(use, "blocks", "float32", arrays, *how)
 
 
 def test_too_many_blocks_are_refused(monkeypatch):
