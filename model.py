@@ -203,7 +203,7 @@ class Decoder(Module):
         rules, memories, schemes = (plugins.tile(*what, L, **heads) for what in chosen)
         distinct = list(dict.fromkeys((p.name, p.options) for p in schemes))
         self.embed_tokens = ops.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = ModuleList([Block(c, rule, build(m, "Memory", c)) for rule, m in zip(rules, memories)])
+        self.layers = ModuleList([Block(c, rule, remember(m, rule, c)) for rule, m in zip(rules, memories)])
         self.norm = ops.RMSNorm(c.hidden_size, c.rms_norm_eps)
         # one instance for all layers that feel distance alike
         self.positions = ModuleList([build(next(p for p in schemes if (p.name, p.options) == d), "Position", c) for d in distinct])
@@ -211,11 +211,13 @@ class Decoder(Module):
         self.run = ops.call  # how a block is called: compiled, or recomputed in the backward pass (ops.fast_call, ops.checkpoint)
 
     def patterns(self, training):
-        """Patterns made for training only (LongLoRA's s2) stand in training alone: in use, such a layer attends fully."""
+        """Patterns made for training only (LongLoRA's s2) stand in training alone: in use they are full attention. Memories are
+        told too: some learn from what they see in training."""
+        aside = lambda leaf: plugins.parse("attention", "full") if getattr(leaf.module, "TRAINING_ONLY", False) else leaf
         for block in self.layers:
             attn = block.self_attn
-            aside = not training and getattr(attn.asked.module, "TRAINING_ONLY", False)
-            attn.rule = plugins.parse("attention", "full") if aside else attn.asked
+            attn.rule = attn.asked if training else attn.asked.each(aside)
+            attn.memory.learning = training
 
     def forward(self, x, at, begin, close, states):
         """x [B, T, C] -> [B, T, C] and the layers' new states."""
@@ -277,6 +279,16 @@ class Llama(Module):
         pos = ops.where(live, count - 1 + (start if isinstance(start, int) else start[:, None]), -1)
         return pos[:, None], count[:, -1]
 
+    def observers(self):
+        """Where parameters are that no gradient moves: prefix of their names -> the memory that learns them from what it sees."""
+        layers = ((f"model.layers.{i}.self_attn.memory.", block.self_attn.memory) for i, block in enumerate(self.model.layers))
+        return {prefix: memory for prefix, memory in layers if memory.observes}
+
+    def learn(self, seen):
+        """Let the observers learn. seen: of each the array that it left in its layer's state, summed over the rows of a step."""
+        for memory, x in zip(self.observers().values(), seen):
+            memory.learn(x)
+
     def still(self, state):
         """The same state with static shapes and no number that only the host knows: for a step that is one graph."""
         layers = [block.self_attn.memory.still(s) for block, s in zip(self.model.layers, state["layers"])]
@@ -290,12 +302,39 @@ class Llama(Module):
         return {"next": ops.host(n) if len(n.shape) == 0 else n, "layers": layers}
 
     def init(self, seed=0, std=0.02):
-        """Random weights, the same on every backend: normal of width std, norms 1, biases 0."""
-        draw, dtype = np.random.default_rng(seed), ops.float32
-        for name, p in ops.parameters(self).items():
-            value = np.ones(p.shape) if "norm" in name else draw.normal(size=p.shape) * std if p.ndim > 1 else np.zeros(p.shape)
-            ops.set_parameters(self, {name: ops.array(value.astype("float32"), dtype)})
+        """Random weights, the same on every backend: normal of width std, norms 1, biases 0. Mechanisms' own begin as they say."""
+        draw, dtype, names = np.random.default_rng(seed), ops.float32, ops.parameters(self)
+        for name, p in names.items():
+            if not own(name):
+                value = np.ones(p.shape) if "norm" in name else draw.normal(size=p.shape) * std if p.ndim > 1 else np.zeros(p.shape)
+                ops.set_parameters(self, {name: ops.array(value.astype("float32"), dtype)})
+        self.begin(filter(own, names))
         return self
+
+    def begin(self, names):
+        """Give these parameters of the memories the values that they begin with."""
+        names = set(names)
+        for i, block in enumerate(self.model.layers) if names else ():
+            prefix, attn = f"model.layers.{i}.self_attn.memory.", block.self_attn
+            first = {prefix + n: p for n, p in attn.memory.begin(attn).items()}
+            ops.set_parameters(self, {n: p for n, p in first.items() if n in names})
+
+
+def own(name):
+    """Is this parameter a mechanism's own, which other libraries do not know?"""
+    return ".memory." in name
+
+
+def remember(memory, rule, c):
+    """The layer's memory; worked by its attention pattern where that is more than a rule of positions: then its class Pattern
+    overrides what it needs of Memory, and finds the Plugin as self.pattern."""
+    pattern = plugins.pattern(rule)
+    if pattern is None:
+        return build(memory, "Memory", c)
+    if memory.name not in getattr(pattern, "memories", [memory.name]):
+        raise Refused(f"--attn {rule} does not work with --memory {memory}: take --memory {' or '.join(pattern.memories)}")
+    kind = type("Memory", (pattern, memory.module.Memory), {"pattern": rule})
+    return kind(c, memory.options)
 
 
 def build(plugin, kind, c):
@@ -331,9 +370,10 @@ def load(folder, attn=None, pos=None, memory=None, adapter=None, dtype=None, dev
                 raise Refused(f"{path}: {name} has shape {list(a.shape)}, but config.json makes it {list(wanted[name].shape)}")
         ops.set_parameters(model, arrays)
         wanted = {n: p for n, p in wanted.items() if n not in arrays}
-    missing = [n for n in wanted if ".memory." not in n]
+    missing = [n for n in wanted if not own(n)]
     if missing:
         raise Refused(f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} for one: is the download complete?")
+    model.begin(wanted)
     chosen.module.apply(model, chosen.options)
     model.model.patterns(training=False)
     return model, tokenizers.load(folder)
@@ -397,7 +437,7 @@ def save(model, folder, source=None):
 def write(model, folder, source=None):
     """The files of a checkpoint into a folder that exists."""
     arrays = ops.parameters(model)
-    mine = {n: a for n, a in arrays.items() if ".memory." in n}
+    mine = {n: a for n, a in arrays.items() if own(n)}
     ops.write_safetensors(folder / "model.safetensors", {n: a for n, a in arrays.items() if n not in mine})
     if mine:
         ops.write_safetensors(folder / "nanolong.safetensors", mine)
