@@ -120,19 +120,20 @@ class Pattern(Memory):
     def whole(self, x, v, score, cluster, seg, scale):
         """A text by itself: tokens are gathered by cluster, and a row of them is a text like any other."""
         (B, R, T, D), p = x.shape, self.pattern.options
-        begin = None if seg.begin is None else ops.expand(seg.begin, (B, R, T))
+        begin = 0 if seg.begin is None else seg.begin
         if self.learning and p.assign == "top":
             w = min(p.top or -(-T // p.clusters), T)
             i = ops.top(ops.swap(ops.where((cluster < 0)[..., None], -1e30, score), 2, 3), w)  # [B, R, c, w]
-            label = begin
+            # where the host knows that nothing is padded there may be one document and nothing to tell apart
+            label = None if seg.begin is None and seg.at.first is not None else ops.where(cluster < 0, -1, begin)
         else:
             # all clusters in one row, one behind the other, padding last; a cluster's tokens are a document there
             order = ops.where(cluster < 0, p.clusters, cluster) * T + ops.arange(T, cluster)
             i = ops.sort_by(order, ops.expand(ops.arange(T, cluster)[None, None], (B, R, T)))[:, :, None]  # [B, R, 1, T]
-            label = cluster * FAR + (0 if begin is None else begin)
-        return self.among(x, v, ops.cast(i, ops.int32), label, seg, scale)
+            label = cluster * FAR + begin
+        return self.among(x, v, ops.cast(i, ops.int32), label, scale)
 
-    def among(self, x, v, i, label, seg, scale):
+    def among(self, x, v, i, label, scale):
         """Attention within rows of gathered tokens: i int [B, R, rows, w], which; label [B, R, T]: alike in one document, or None.
 
         A token's place in its row is its position there, so causal is causal. Returns [B, R, T, D], averaged over the rows.
@@ -146,10 +147,7 @@ class Pattern(Memory):
             label = gather(label)
             first = ops.where(label[..., 1:] != label[..., :-1], at[..., 1:], 0)
             begin = ops.running_max(ops.cat([at[..., :1], first], -1), -1)
-        places = Places(at, 0)
-        if seg.at.first is None:
-            places = Places(ops.where(gather(ops.expand(seg.at.at, (B, R, T))) < 0, -1, at))
-        k = gather(x)
+        k, places = gather(x), Places(at, 0)
         y = attend(k, k, gather(v), places, places, self.others, begin, scale=scale).reshape(1, -1, D)
         to = (i.reshape(B * R, -1) + ops.arange(B * R, i)[:, None] * T).reshape(-1)
         total = ops.add(ops.full((1, B * R * T, D), 0, ops.float32, y), to, y)

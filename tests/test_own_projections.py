@@ -107,6 +107,13 @@ def test_no_leak_and_documents():
         assert moved[DOCUMENTS[0][:, None] != DOCUMENTS[0]].max() < 1e-5
 
 
+def test_a_temperature_multiplies_the_logits_of_both_sets():
+    warm, longer = model(), model()
+    warm.model.positions[0].temperature = 2.0
+    ops.set_parameters(longer, {n: p * 2 for n, p in ops.parameters(longer).items() if "q_proj" in n or "q_global" in n})
+    assert apart(run(warm, text(T)), run(longer, text(T))) < 1e-4 < 1e-2 < apart(run(warm, text(T)), run(model(), text(T)))
+
+
 def test_both_sets_train():
     m = model()
     _, grads = loss_and_gradients(m, text(T + 1, 2))

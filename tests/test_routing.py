@@ -25,14 +25,27 @@ def layer(spec=SPEC, heads=H, kv_heads=K, centroids=None):
     return memory
 
 
-def attend(memory, q, v, begin=None, at=None, k=None):
+class Loud(Position):
+    """Stands for rotation: what stands later is louder, and logits count double."""
+
+    temperature = 2.0
+
+    def turn(self, pos):
+        return 1 + ops.cast(pos, ops.float32) / 10
+
+    def turned(self, x, turn):
+        return x * turn[..., None]
+
+
+def attend(memory, q, v, begin=None, at=None, k=None, kind=Position):
     """One text at once -> [B, H, T, D] and the state. Without rotation: what counts is who is seen."""
     n = q.shape[2]
     at = np.broadcast_to(np.arange(n) if at is None else at, (len(q), 1, n))
     padded = (at < 0).any()
     c = Config(vocab_size=9, hidden_size=8, num_attention_heads=1)
     begin = None if begin is None else ops.array(np.broadcast_to(begin, at.shape).astype("int32"))
-    seg = Segment(Places(ops.array(at.astype("int32")), None if padded else 0), begin, Position(c, None), None, False)
+    places, position = Places(ops.array(at.astype("int32")), None if padded else 0), kind(c, None)
+    seg = Segment(places, begin, position, position.turn(places.at), False)
     q, k, v = (ops.array(x.astype("float32")) for x in (q, np.zeros_like(v) if k is None else k, v))
     s = {"n": n, "first": seg.at.first, "capacity": 0, "k": k, "v": v, "pos": seg.at.at}
     y, s = memory.attend(None, q, seg, s)
@@ -44,15 +57,15 @@ def normed(q):
     return q / np.sqrt((q * q).mean(-1, keepdims=True))
 
 
-def oracle(q, v, members, begin=None, top=None):
+def oracle(q, v, members, begin=None, top=None, loud=0.0, scale=D**-0.5):
     """One routed head, from the definition: q, v [T, D] float64; members: lists of tokens, one a cluster. A token attends to those
     before it in its cluster and document, the last `top`, or to itself if there is none; clusters are averaged."""
-    x, out, count = normed(q), np.zeros_like(v), np.zeros((len(q), 1))
+    x, out, count = normed(q) * (1 + loud * np.arange(len(q)))[:, None], np.zeros_like(v), np.zeros((len(q), 1))
     begin = np.zeros(len(q)) if begin is None else begin
     for tokens in members:
         for t in tokens:
             seen = [j for j in sorted(tokens) if begin[t] <= j < t][-(top or len(q)) :] or [t]
-            p = np.exp(x[seen] @ x[t] / np.sqrt(D))
+            p = np.exp((x[seen] @ x[t] - (x[seen] @ x[t]).max()) * scale)
             out[t] += p @ v[seen] / p.sum()
             count[t] += 1
     return out / np.maximum(count, 1)
@@ -115,6 +128,19 @@ def test_in_training_each_cluster_takes_its_nearest_tokens(top, w, begin):
     assert (got[0, 2, none] == 0).all()
 
 
+@pytest.mark.parametrize("learning", [False, True], ids=["in use", "in training"])
+def test_distance_is_felt_after_the_tokens_are_sorted(learning):
+    """Clusters are of content; positions turn the normed vectors, and a scheme's temperature multiplies the logits."""
+    memory, (q, k, v) = layer(SPEC), draw()
+    memory.learning = learning
+    got, _ = attend(memory, q, v, k=k, kind=Loud)
+    by = score(memory, q)
+    for b, r in np.ndindex(B, memory.R):
+        members = np.argsort(-by[b, r], 0)[:7].T if learning else [np.flatnonzero(by[b, r].argmax(-1) == c) for c in range(3)]
+        want = oracle(q[b, 2 + r], v[b, 1], [list(m) for m in members], loud=0.1, scale=2 * D**-0.5)
+        np.testing.assert_allclose(got[b, 2 + r], want, atol=1e-4)
+
+
 def test_training_with_argmax_is_use():
     memory, (q, k, v) = layer(SPEC + ",assign=argmax"), draw()
     want, _ = attend(memory, q, v, DOCUMENTS, k=k)
@@ -124,8 +150,10 @@ def test_training_with_argmax_is_use():
     assert s["seen"].shape == (2, 3, D)
 
 
-def test_padding_takes_no_part():
-    memory, (q, k, v) = layer(SPEC), draw()
+@pytest.mark.parametrize("top", [0, 99])
+def test_padding_takes_no_part(top):
+    """Before and behind the text; with room for more than the text in a cluster, too."""
+    memory, (q, k, v) = layer(f"{SPEC},top={top}"), draw()
     for learning in (False, True):
         memory.learning = learning
         at = np.where((np.arange(T) < 3) | (np.arange(T) > 15), -1, np.arange(T) - 3)
@@ -135,7 +163,8 @@ def test_padding_takes_no_part():
         np.testing.assert_allclose(got[:, :, live], other[:, :, live], atol=1e-5)
         if learning:
             np.testing.assert_allclose(ops.numpy(s["seen"]), ops.numpy(t["seen"]), atol=1e-4)
-        else:
+        if not learning or top:
+            # length / clusters counts padding, any other w does not
             alone, _ = attend(memory, q[:, :, live], v[:, :, live], k=k[:, :, live])
             np.testing.assert_allclose(got[:, :, live], alone, atol=1e-5)
 
