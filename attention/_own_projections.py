@@ -17,7 +17,7 @@ from memory.base import Memory, blank
 class Pattern(Memory):
     def __init__(self, c, o):
         super().__init__(c, o)
-        C, H, K = (n * c.head_dim for n in (1, c.num_attention_heads, c.num_key_value_heads))
+        H, K = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_global, self.k_global, self.v_global = (ops.Linear(c.hidden_size, n, c.attention_bias) for n in (H, K, K))
         # in its own document a global token sees all before it
         self.n = self.pattern.options.n_global

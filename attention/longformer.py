@@ -1,4 +1,7 @@
-"""Longformer (Beltagy et al. 2020, arXiv:2004.05150), causal: a sliding window, and a few first tokens that everyone sees."""
+"""Longformer (Beltagy et al. 2020, arXiv:2004.05150), causal: a sliding window, and a few first tokens that everyone sees.
+
+The paper's dilated heads are joined to it: --attn "dilated:window=512,dilation=4,heads=2|longformer:window=1".
+"""
 
 
 class Options:
@@ -11,7 +14,7 @@ def allowed(q, k, h, o):
     return (k <= q) & ((q - k < o.window) | (k < o.n_global))
 
 
-# what such weights do stands in that file
+# such weights are more than a rule: that file has them
 PATTERN = ("own_projections", "_own_projections")
 
 

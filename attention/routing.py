@@ -119,7 +119,7 @@ class Pattern(Memory):
 
     def whole(self, x, v, score, cluster, seg, scale):
         """A text by itself: tokens are gathered by cluster, and a row of them is a text like any other."""
-        (B, R, T, D), p = x.shape, self.pattern.options
+        (B, R, T, _), p = x.shape, self.pattern.options
         begin = 0 if seg.begin is None else seg.begin
         if self.learning and p.assign == "top":
             w = min(p.top or -(-T // p.clusters), T)

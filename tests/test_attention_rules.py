@@ -250,6 +250,12 @@ def test_a_drawing_in_the_terminal(capsys):
     assert "work     71.43%" in out and "1.4 times less" in out
 
 
+def test_a_joined_pattern_is_drawn(capsys):
+    spec = "window:window=9|strided:window=1,stride=11"
+    out, see = drawn(capsys, spec, "--length", 64, "--block", 4), seen(parse(spec), 64)
+    assert f"{spec}, 64 tokens" in out and f"density  {see.sum() / (64 * 65 / 2):.2%}" in out
+
+
 def test_a_drawing_counts_what_the_layout_holds(capsys):
     out = drawn(capsys, "longformer:window=512,n_global=16", "--length", "4k")
     found = layout(parse("longformer:window=512,n_global=16"), (0, 4096), (0, 4096), 64)
@@ -277,6 +283,7 @@ def test_long_patterns_fit_the_terminal(capsys):
         (["window", "--all"], "name one pattern"),
         (["--all"], "say where with --out"),
         (["nonsense"], "choose one of"),
+        (["routing"], "not a pattern of positions"),
         (["window:width=3"], "has no option 'width'"),
         (["window", "--length", "0"], "cannot be drawn"),
         (["window", "--length", "1m"], "cannot be drawn"),

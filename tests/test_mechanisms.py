@@ -23,7 +23,8 @@ PIECES = {"ones": [[1] * 8] * 3, "odd": [[3, 5], [7, 1], [1, 2, 5]]}
 DOCUMENTS = [0, 3, 8, 12]
 
 name = lambda spec: spec.partition(":")[0]
-every = lambda what, specs, **how: pytest.mark.parametrize(what, specs, ids=how.get("ids", lambda x: named(x) if isinstance(x, str) else None))
+ident = lambda x: named(x) if isinstance(x, str) else None
+every = lambda what, specs, **how: pytest.mark.parametrize(what, specs, ids=how.get("ids", ident))
 
 
 def exempts(attn, memory):

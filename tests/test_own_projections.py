@@ -62,7 +62,9 @@ def test_against_numpy(begin):
 
 
 @pytest.mark.parametrize("memory", ["full", "sinks:budget=99"])
-@pytest.mark.parametrize("segments", [whole(T), whole(T, 1), [[3, 5], [7, 1], [1, 2, 5]], [[1, 1], [2, 20]]], ids=["8s", "1s", "odd", "early"])
+@pytest.mark.parametrize(
+    "segments", [whole(T), whole(T, 1), [[3, 5], [7, 1], [1, 2, 5]], [[1, 1], [2, 20]]], ids=["8s", "1s", "odd", "early"]
+)
 def test_pieces_equal_the_whole(memory, segments):
     tokens, m = text(T, 2), model(memory=memory)
     for begin in (None, np.repeat(DOCUMENTS, 2, 0)) if memory == "full" else (None,):
