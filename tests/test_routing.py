@@ -102,7 +102,7 @@ def test_in_use_each_token_sees_the_last_of_its_nearest_cluster(spec, begin, hea
     memory, (q, k, v) = layer(spec, heads, kv_heads), draw(heads=heads, kv_heads=kv_heads)
     got, _ = attend(memory, q, v, begin, k=k)
     nearest, o = score(memory, q).argmax(-1), memory.pattern.options
-    assert memory.R == round(heads * o.routed / 100)
+    assert round(heads * o.routed / 100) == memory.R
     for b, h in np.ndindex(B, heads):
         kv, r = h * kv_heads // heads, h - (heads - memory.R)
         if r < 0:
