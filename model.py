@@ -12,6 +12,7 @@ distance is felt (positions/) and what is kept of the past (memory/) are mechani
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -303,21 +304,24 @@ class Llama(Module):
 
     def init(self, seed=0, std=0.02):
         """Random weights, the same on every backend: normal of width std, norms 1, biases 0. Mechanisms' own begin as they say."""
-        draw, dtype, names = np.random.default_rng(seed), ops.float32, ops.parameters(self)
-        for name, p in names.items():
-            if not own(name):
-                value = np.ones(p.shape) if "norm" in name else draw.normal(size=p.shape) * std if p.ndim > 1 else np.zeros(p.shape)
-                ops.set_parameters(self, {name: ops.array(value.astype("float32"), dtype)})
-        self.begin(filter(own, names))
+        draw = np.random.default_rng(seed)
+        # those last: they may be copies, and the others are the same whatever the mechanisms add
+        self.fill(sorted(ops.parameters(self), key=own), draw, std)
         return self
 
-    def begin(self, names):
-        """Give these parameters of the memories the values that they begin with."""
-        names = set(names)
-        for i, block in enumerate(self.model.layers) if names else ():
-            prefix, attn = f"model.layers.{i}.self_attn.memory.", block.self_attn
-            first = {prefix + n: p for n, p in attn.memory.begin(attn).items()}
-            ops.set_parameters(self, {n: p for n, p in first.items() if n in names})
+    def fill(self, names, draw, std=0.02):
+        """Give the parameters of these names the values that they begin with."""
+        shapes = {name: p.shape for name, p in ops.parameters(self).items()}
+        for name in names:
+            said = None
+            if own(name):
+                attn, leaf = self.model.layers[int(name.split(".")[2])].self_attn, name.partition(".memory.")[2]
+                said = attn.memory.initial(attn, leaf)
+            if said is None:
+                shape = shapes[name]
+                value = np.ones(shape) if "norm" in name else draw.normal(size=shape) * std if len(shape) > 1 else np.zeros(shape)
+                said = ops.array(value.astype("float32"))
+            ops.set_parameters(self, {name: said})
 
 
 def own(name):
@@ -327,14 +331,19 @@ def own(name):
 
 def remember(memory, rule, c):
     """The layer's memory; worked by its attention pattern where that is more than a rule of positions: then its class Pattern
-    overrides what it needs of Memory, and finds the Plugin as self.pattern."""
+    overrides what it needs of Memory, and is given the Plugin."""
     pattern = plugins.pattern(rule)
     if pattern is None:
         return build(memory, "Memory", c)
     if memory.name not in getattr(pattern, "memories", [memory.name]):
         raise Refused(f"--attn {rule} does not work with --memory {memory}: take --memory {' or '.join(pattern.memories)}")
-    kind = type("Memory", (pattern, memory.module.Memory), {"pattern": rule})
-    return kind(c, memory.options)
+    return worked(pattern, memory.module.Memory)(c, memory.options, rule)
+
+
+@functools.cache
+def worked(pattern, memory):
+    # one class for all layers, so that a compiled step serves them all
+    return type("Memory", (pattern, memory), {})
 
 
 def build(plugin, kind, c):
@@ -373,7 +382,7 @@ def load(folder, attn=None, pos=None, memory=None, adapter=None, dtype=None, dev
     missing = [n for n in wanted if not own(n)]
     if missing:
         raise Refused(f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} for one: is the download complete?")
-    model.begin(wanted)
+    model.fill(wanted, np.random.default_rng(0))
     chosen.module.apply(model, chosen.options)
     model.model.patterns(training=False)
     return model, tokenizers.load(folder)

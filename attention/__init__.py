@@ -13,9 +13,9 @@ Patterns are joined in the flag, "|" for or, "&" for and: --attn "longformer:win
 other; its module (_either.py, _both.py) has an OPERATOR, its options have `parts`.
 
 What is more than a rule of positions brings a `class Pattern(Memory)` instead, or beside it (PATTERN, see longformer.py): it is mixed
-into the class of the layer's memory, so it overrides what it needs of memory/base.py: `attend`, `write`, `fields`; it finds its
-Plugin as `self.pattern`, names the `memories` that it works with, may have parameters (`begin`: their first values), and may learn
-some of them without gradients (`observes`, `learn`). routing.py is one.
+into the class of the layer's memory, so it overrides what it needs of memory/base.py: `attend`, `write`, `fields`. It is given
+its Plugin, names the `memories` that it works with if these are not all, may have parameters (`initial`: their first values), and may learn
+them without gradients (`observes`, `learn`). routing.py is one.
 
     python -m attention longformer:window=512 --length 4096     # draws a pattern
 """

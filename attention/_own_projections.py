@@ -15,19 +15,17 @@ from memory.base import Memory, blank
 
 
 class Pattern(Memory):
-    def __init__(self, c, o):
+    def __init__(self, c, o, pattern):
         super().__init__(c, o)
         H, K = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_global, self.k_global, self.v_global = (ops.Linear(c.hidden_size, n, c.attention_bias) for n in (H, K, K))
         # in its own document a global token sees all before it
-        self.n = self.pattern.options.n_global
+        self.n = pattern.options.n_global
         self.among = plugins.parse("attention", f"window:window={self.n}")
 
-    def begin(self, attn):
-        pairs = ("q_global", attn.q_proj), ("k_global", attn.k_proj), ("v_global", attn.v_proj)
-        copies = {f"{name}.weight": linear.weight for name, linear in pairs}
-        copies |= {f"{name}.bias": linear.bias for name, linear in pairs if self.c.attention_bias}
-        return {name: ops.stop(p) + 0 for name, p in copies.items()}
+    def initial(self, attn, name):
+        linear, leaf = name.split(".")
+        return ops.stop(getattr(getattr(attn, linear.replace("global", "proj")), leaf)) + 0
 
     def write(self, attn, x, seg, s):
         s, first = super().write(attn, x, seg, s), seg.at.first if seg.begin is None else None

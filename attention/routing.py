@@ -60,17 +60,18 @@ class Pattern(Memory):
     fields = (*Memory.fields, "shared", "cluster", "rank")  # [B, R, N, D] keys, [B, R, N] the cluster, how many of it came before
     observes = True
 
-    def __init__(self, c, o):
+    def __init__(self, c, o, pattern):
         super().__init__(c, o)
-        p, others = self.pattern.options, plugins.load("attention", "_others")
+        self.pattern = pattern
+        p, others = pattern.options, plugins.load("attention", "_others")
         self.R = max(1, (c.num_attention_heads * p.routed + 50) // 100)
         self.centroids = ops.Embedding(self.R * p.clusters, c.head_dim)
         self.near = plugins.parse("attention", f"window:window={p.window}")
         self.others = plugins.Plugin("others", others, others.Options(p.top or FAR))
 
-    def begin(self, attn):
+    def initial(self, attn, name):
         draw = np.random.default_rng([self.pattern.options.seed, self.pattern.options.layer])
-        return {"centroids.weight": ops.array(draw.normal(size=self.centroids.weight.shape).astype("float32"))}
+        return ops.array(draw.normal(size=self.centroids.weight.shape).astype("float32"))
 
     def learn(self, seen):
         decay = self.pattern.options.decay

@@ -107,9 +107,8 @@ class Memory(Module):
 
     # parameters of a memory's own
 
-    def begin(self, attn):
-        """The values that they begin with: name -> array."""
-        return {}
+    def initial(self, attn, name):
+        """The array that the parameter of this name begins with; None: random, as any other."""
 
     def learn(self, seen):
         """Where `observes`: learn from what a step has seen, the sum over its rows of what `attend` left in the state as "seen"."""

@@ -334,6 +334,13 @@ def test_decoding_equals_reading_at_once_with_the_last_of_a_cluster(top):
         assert apart(want, run(tiny(SPEC), text(T, 2))) > 1e-3
 
 
+def test_layers_share_one_class():
+    """A compiled step is made once for all blocks only if their memories are of one class."""
+    for spec in (SPEC, "longformer:own_projections=true"):
+        a, b = (block.self_attn.memory for block in tiny(spec).model.layers)
+        assert type(a) is type(b)
+
+
 def test_top_of_a_text_that_goes_on_is_refused():
     model = Llama(Config(**TINY, num_hidden_layers=1, attn=SPEC)).init()
     model.model.patterns(training=True)
