@@ -1,6 +1,8 @@
 """MLX behind the names of ops. Mirrored, name for name and in the same order, by torch_.py."""
 
 import contextlib
+import inspect
+import typing
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,6 +53,8 @@ def wait(*trees):
 
 
 # arrays
+
+Array = mx.array
 
 
 def array(x, dtype=None):
@@ -134,6 +138,10 @@ def softmax(x, axis):
     return mx.softmax(x, axis, precise=True)
 
 
+def logsumexp(x, axis):
+    return mx.logsumexp(x, axis)
+
+
 def stop(x):
     return mx.stop_gradient(x)
 
@@ -187,11 +195,19 @@ def mark(*xs):
     return sum(x[(0,) * x.ndim].astype(float32) for x in xs)
 
 
-def custom(forward, backward):
-    """forward(*xs) -> y as a function whose gradients are backward(*xs, y, dy)."""
-    f = mx.custom_function(forward)
-    f.vjp(lambda xs, dy, y: backward(*xs, y, dy))
-    return f
+def operator(name, forward, backward, outputs):
+    """forward(*args) -> arrays as a function whose gradients are backward(*args, *arrays, *their gradients), those of its first
+    arguments; outputs(*args): shape and dtype of each array. Annotations say what the arguments are: arrays, numbers, strings.
+    MLX wants to know only how many gradients there are: a compiled graph holds what it sees of both."""
+    made = len(typing.get_args(inspect.signature(backward).return_annotation))
+
+    def run(*args):
+        rest = args[made:]
+        f = mx.custom_function(lambda *xs: forward(*xs, *rest))
+        f.vjp(lambda xs, dy, y: backward(*xs, *rest, *y, *dy))
+        return f(*args[:made])
+
+    return run
 
 
 def tracing():
@@ -201,6 +217,7 @@ def tracing():
 
 def known(x):
     """The array as numpy, or None inside a traced function, where it has no values yet."""
+    # to read it again is a copy, some microseconds: nothing is remembered, and nothing can be out of date
     try:
         return numpy(x)
     except ValueError:

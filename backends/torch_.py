@@ -1,11 +1,18 @@
 """PyTorch behind the names of ops. Mirrored, name for name and in the same order, by mlx_.py."""
 
+import collections
+import functools
+import inspect
 import os
+import typing
+import weakref
+from contextlib import nullcontext
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
@@ -60,6 +67,8 @@ def wait(*trees):
 
 
 # arrays
+
+Array = torch.Tensor
 
 
 def array(x, dtype=None):
@@ -140,6 +149,10 @@ def softmax(x, axis):
     return torch.softmax(x, axis)
 
 
+def logsumexp(x, axis):
+    return torch.logsumexp(x, axis)
+
+
 def stop(x):
     return x.detach()
 
@@ -195,24 +208,28 @@ def mark(*xs):
     return None
 
 
-def custom(forward, backward):
-    """forward(*xs) -> y as a function whose gradients are backward(*xs, y, dy)."""
-    return lambda *xs: _Custom.apply(forward, backward, *xs)
+def operator(name, forward, backward, outputs):
+    """forward(*args) -> arrays as a function whose gradients are backward(*args, *arrays, *their gradients), those of its first
+    arguments; outputs(*args): shape and dtype of each array. Annotations say what the arguments are: arrays, numbers, strings.
+    Inside of a compiled graph it is one node, so that both may do what they like on the host."""
+    solid = lambda f: functools.wraps(f)(lambda *args: tuple(x.contiguous() for x in f(*args)))
+    run = torch.library.custom_op(f"nanolong::{name}", solid(forward), mutates_args=())
+    back = torch.library.custom_op(f"nanolong::{name}_backward", solid(backward), mutates_args=())
+    made = len(typing.get_args(inspect.signature(backward).return_annotation))
+    run.register_fake(lambda x, *rest: tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in outputs(x, *rest)))
+    back.register_fake(lambda *args: tuple(x.new_empty(x.shape) for x in args[:made]))
 
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*(x if is_array(x) else None for x in inputs), *output)
+        ctx.plain = [None if is_array(x) else x for x in inputs]
 
-class _Custom(torch.autograd.Function):
-    # one class for all: a class is part of a cycle, and what it holds would wait for the garbage collector
-    @staticmethod
-    def forward(ctx, forward, backward, *xs):
-        y = forward(*xs)
-        ctx.save_for_backward(*xs, y)
-        ctx.own = backward
-        return y
+    def gradients(ctx, *dy):
+        given, arrays = ctx.plain, ctx.saved_tensors
+        args = [x if plain is None else plain for x, plain in zip(arrays, given)]
+        return *back(*args, *arrays[len(given) :], *dy), *[None] * (len(given) - made)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        return None, None, *ctx.own(*ctx.saved_tensors, dy)
+    run.register_autograd(gradients, setup_context=keep)
+    return run
 
 
 def tracing():
@@ -221,8 +238,22 @@ def tracing():
 
 
 def known(x):
-    """The array as numpy, or None inside a traced function, where it has no values yet."""
-    return None if tracing() else numpy(x)
+    """The array as numpy, or None inside a traced function, where it has no values yet. The last few that were asked for are
+    remembered, for the device must finish before they can be read; writing into x.data goes unnoticed."""
+    if tracing():
+        return None
+    if x.is_inference():
+        # nobody counts what is written into it
+        return numpy(x)
+    for there, version, numbers in _host:
+        if there() is x and version == x._version:
+            return numbers
+    # a copy: on a CPU the numbers would be the array's own
+    _host.append((weakref.ref(x), x._version, numpy(x).copy()))
+    return _host[-1][2]
+
+
+_host = collections.deque(maxlen=4)  # arrays that were asked for, their versions then, and their numbers
 
 
 _turns = {}
@@ -244,7 +275,12 @@ def sdpa(q, k, v, mask, scale):
     causal = isinstance(mask, str) and T == N
     if isinstance(mask, str):
         mask = None if causal else causal_lower_right(T, N) if q.is_cuda else torch.ones(T, N, dtype=torch.bool).tril(N - T)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    # cuDNN's kernels, where it has them, are the fastest on recent GPUs, and torch would ask FlashAttention-2 first
+    with sdpa_kernel(_fastest, set_priority=True) if causal and q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+_fastest = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _one_row(q, k, v, mask, scale):

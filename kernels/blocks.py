@@ -3,14 +3,15 @@
 Queries are cut into blocks. For each, kernels/layout.py names the blocks of keys that the rule lets it see; these are gathered,
 and the framework's own fused attention runs on them with the mask of exactly those positions. Each query meets all of its
 keys in one call, so nothing has to be merged. The backward pass is FlashAttention-2's (Dao 2023, arXiv:2307.08691, algorithm 2),
-written out once for both frameworks:
+written out once for both frameworks, with the gradient of the log-sum-exp L, where a merge asks for it:
 
-    P = softmax(Q K^T), dV = P^T dO, dS = P * (dO V^T - rowsum(O * dO)), dQ = dS K, dK = dS^T Q
+    P = softmax(Q K^T), dV = P^T dO, dS = P * (dO V^T - rowsum(O * dO) + dL), dQ = dS K, dK = dS^T Q
 
 Symbols: B rows, H query heads, K key heads, T queries, N keys, D head width. A stripe is s blocks of r queries, each with
 c keys; heads that the rule treats alike (a group) have one layout, h query heads over g key heads.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +19,13 @@ import numpy as np
 import ops
 from kernels import dense
 from kernels.layout import Layout, layout
-from kernels.spans import behaviours
+from kernels.named import named, rule_of
+from kernels.spans import behaviours, is_causal
+from ops import Array
 
 BLOCK = 64, 32  # tokens in a block of queries, of keys
+# keys above which heads that see all before them are left to the framework: MLX's holds all scores of a gradient at once
+ALONE = 0 if ops.BACKEND == "torch" else 1 << 17
 
 
 def stacked():
@@ -28,91 +33,160 @@ def stacked():
     return 1 << 25 if ops.on_gpu() else 1
 
 
-class Group(NamedTuple):
-    """Heads that behave alike: query heads, the key heads that they read, one of them to ask the rule with, and the key
-    blocks that each block of queries visits."""
-
-    heads: list
-    keys: list
-    head: int
-    rows: Any  # layout.Lists
-
-
-def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None):
-    """See kernels.attend. Queries and keys must stand at consecutive positions that the host knows, and so must `begin`."""
-    H, D, N = q.shape[1], q.shape[3], k.shape[2]
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, lse=False):
+    """See kernels.attend. Queries and keys must stand at consecutive positions that the host knows; `begin` it must be able to read."""
+    H, D = q.shape[1], q.shape[3]
     scale = D**-0.5 if scale is None else scale
-    # rows whose documents begin alike share a mask
-    docs = documents(begin)
-    begin = begin[:1] if docs is not None and len(docs) == 1 else begin
-    layouts = found(rule, (q_at.first, q.shape[2]), (k_at.first, N), docs, always, opening, H)
-    groups = grouped(layouts, behaviours(rule, H), k.shape[1])
-    room = stacked() // (q.shape[0] * H)
+    who = named(rule)
 
-    def seen(a, b, cols, head):
-        """May the queries a..b see these keys? bool [s, 1 or B, r, c]; cols int [s, c] counts keys, -1 where there is none."""
-        s = len(cols)
-        at = q_at.first + np.arange(a, b).reshape(s, 1, -1, 1)
-        cols = ops.array(cols[:, None, None])
-        head = ops.full((1, 1, 1), head, ops.int32, cols)
-        # no key: an empty slot, as everywhere
-        where = ops.where(cols < 0, -1, cols + k_at.first)
-        first = 0 if begin is None else ops.swap(begin[:, 0, a:b].reshape(begin.shape[0], s, -1, 1), 0, 1)
-        return dense.sees(ops.array(at.astype("int32")), where, first, head, cols, rule, always, opening)
+    def sparse(q, k, v, heads):
+        return attention(q, k, v, begin, who, heads, q_at.first, k_at.first, always, opening, scale, lse)
 
-    return ops.custom(*passes(groups, seen, scale, room))(q, k, v)
+    plain = () if lse or ops.tracing() else causal_heads(rule, (q_at.first, q.shape[2]), (k_at.first, k.shape[2]), begin is not None, H)
+    if not plain:
+        y, sums = sparse(q, k, v, list(range(H)))
+        return (y, sums) if lse else y
+    rest = [h for h in range(H) if h not in plain]
+    parts = []
+    for heads in (list(plain), rest):
+        keys = shared([h * k.shape[1] // H for h in heads])
+        parts.append([of_heads(x, i) for x, i in ((q, heads), (k, keys), (v, keys))])
+    y = ops.cat([ops.sdpa(*parts[0], "causal", scale), sparse(*parts[1], rest)[0]], 1)
+    return of_heads(y, np.argsort([*plain, *rest]).tolist())
+
+
+@functools.lru_cache(maxsize=256)
+def causal_heads(rule, q, k, documents, heads):
+    """The heads that see all before them and are better left to the framework, if there are others. q, k: (first, n)."""
+    (at, T), (first, N) = q, k
+    if documents or at + T != first + N or T > N or N <= ALONE:
+        return ()
+    who = behaviours(rule, heads)
+    plain = {h for h in set(who) if is_causal(rule, N, first, h)}
+    return tuple(h for h in range(heads) if who[h] in plain) if plain < set(who) else ()
+
+
+def shared(keys):
+    """The key heads to read for query heads that want these: query heads that share one read it once, where each serves equally many."""
+    once = sorted(set(keys))
+    return once if keys == [i for i in once for _ in range(len(keys) // len(once))] else keys
+
+
+def of_heads(x, heads):
+    """The heads of x [B, H, ., .], as a view if they are neighbours."""
+    a, b = heads[0], heads[-1] + 1
+    return x if heads == list(range(x.shape[1])) else x[:, a:b] if heads == list(range(a, b)) else entries(x, heads)
+
+
+def entries(x, i):
+    return ops.entries(x, ops.array(np.array(i, np.int32)), 1)
+
+
+# ---------------------------------------------------------------- the plan: what the host finds out once
+
+
+class Rows(NamedTuple):
+    """Where documents begin, as something to look up by: int32 [count, T] as bytes."""
+
+    data: bytes
+    count: int
+
+    def each(self):
+        return np.frombuffer(self.data, np.int32).reshape(self.count, -1)
 
 
 def documents(begin):
-    """`begin` on the host, one row for those that are alike, [1 or B, T]; None: there is none."""
+    """`begin` on the host as Rows, one for those that are alike; None: there is none."""
     if begin is None:
         return None
-    rows = ops.known(begin)[:, 0]
-    return rows[:1] if (rows == rows[:1]).all() else rows
+    rows = ops.known(begin)[:, 0].astype(np.int32)
+    rows = rows[:1] if (rows == rows[:1]).all() else rows
+    return Rows(rows.tobytes(), len(rows))
 
 
-def found(rule, q, k, docs, always, opening, heads):
-    """Layouts by behaviour: {its first head: Layout}; q, k: (first, n). Of several rows, all that any of them needs."""
+def found(rule, q, k, docs, always, opening, who):
+    """Layouts by behaviour: {a head: Layout} for the heads `who`; q, k: (first, n). Of several rows, all that any of them needs."""
     out = {}
-    for h in sorted(set(behaviours(rule, heads))):
-        rows = [layout(rule, q, k, BLOCK, begin, always, h, opening) for begin in ([None] if docs is None else docs)]
+    for h in sorted(set(who)):
+        rows = [layout(rule, q, k, BLOCK, begin, always, h, opening) for begin in ([None] if docs is None else docs.each())]
         # a block may be full in one row and partial in another: here that is all the same
         pairs = np.unique(np.concatenate([x.pairs & ~(1 << 31) for x in rows])) if len(rows) > 1 else None
         out[h] = rows[0] if pairs is None else Layout(pairs, rows[0].shape, BLOCK)
     return out
 
 
-def area(layouts, who, T):
-    """Scores that are computed, of all heads, for T queries."""
-    return sum(len(layouts[h].pairs) / layouts[h].shape[0] for h in who) * T * BLOCK[1]
+@functools.lru_cache(maxsize=256)
+def share(rule, q, k, docs, always, opening, heads):
+    """The share of all scores that blocks compute, of the heads that are left to them."""
+    plain = causal_heads(rule, q, k, docs is not None, heads)
+    who = [h for i, h in enumerate(behaviours(rule, heads)) if i not in plain]
+    layouts = found(rule, q, k, docs, always, opening, who)
+    return sum(len(layouts[h].pairs) / layouts[h].shape[0] for h in who) * BLOCK[1] / (k[1] * len(who))
 
 
-def grouped(layouts, who, key_heads):
-    """The heads by what they see. who: as behaviours() says."""
+class Group(NamedTuple):
+    """Heads that behave alike: query heads, the key heads that they read, and one of them to ask the rule with, [1, 1, 1]."""
+
+    heads: list
+    keys: list
+    head: Any
+
+
+class Work(NamedTuple):
+    """A stripe's work for one group: positions of the queries, int32 [s, 1, r, 1], and the blocks of keys that each block of them
+    visits, [s, c / block], -1 where there is none; the same as numbers among all key heads' blocks, [g s c / block], 0 for none."""
+
+    group: Group
+    at: Any
+    blocks: Any
+    where: Any
+
+
+class Plan(NamedTuple):
+    """What a call does: [(a, b, [Work])], queries a..b at a time. back: puts the groups' heads in order; None: they are."""
+
+    steps: list
+    back: Any
+
+
+# the arrays are on the device, so that the layers of a model, and its backward pass, find them there
+@functools.lru_cache(maxsize=16)
+def planned(rule, q, k, docs, always, opening, heads, key_heads, room, block, device):
+    """The Plan for query heads `heads` (their numbers for the rule) over key_heads; block and device tell plans apart."""
+    every = behaviours(rule, max(heads) + 1)
+    who = [every[h] for h in heads]
+    layouts = found(rule, q, k, docs, always, opening, who)
+    put = lambda x: ops.array(np.ascontiguousarray(x, np.int32))
     groups = []
-    for h, found in layouts.items():
-        heads = [i for i, first in enumerate(who) if first == h]
-        keys = [i * key_heads // len(who) for i in heads]
-        once = sorted(set(keys))
-        # query heads that share a key head gather it once, where each key head has equally many
-        keys = once if all(keys.count(i) * len(once) == len(heads) for i in once) else keys
-        groups.append(Group(heads, keys, h, found.rows))
-    return groups
+    for h in layouts:
+        mine = [i for i, first in enumerate(who) if first == h]
+        groups.append(Group(mine, shared([i * key_heads // len(who) for i in mine]), put([[[h]]])))
+    lists, n, steps = [x.rows for x in layouts.values()], -(-k[1] // block[1]), []
+    for a, b, tables in stripes(lists, q[1], room):
+        at = put((q[0] + np.arange(a, b)).reshape(len(tables[0]), 1, -1, 1))
+        work = []
+        for g, t in zip(groups, tables):
+            work.append(Work(g, at, put(t), put((np.array(g.keys)[:, None] * n + np.maximum(t, 0).ravel()).ravel())))
+        # queries that no head lets see anything keep their zeros
+        if any((t >= 0).any() for t in tables):
+            steps.append((a, b, work))
+    order = [i for g in groups for i in g.heads]
+    return Plan(steps, None if order == sorted(order) else put(np.argsort(order)))
 
 
-def stripes(groups, T, room):
-    """(a, b, blocks of each group): queries a..b, and for every group key blocks int32 [s, c], -1 where there is none.
+def stripes(lists, T, room):
+    """(a, b, key blocks of each group): queries a..b, and for every group's Lists key blocks int32 [s, c], -1 where there is none.
 
     Blocks of queries are stacked until one head has `room` scores; the last one may be short and stands alone.
     """
     size = BLOCK[0]
-    longest = np.max([np.diff(g.rows.start) for g in groups], 0)
+    longest = np.max([np.diff(x.start) for x in lists], 0)
     i, n = 0, len(longest)
     while i < n:
         e, most = i + 1, longest[i]
         while e < T // size and (e + 1 - i) * size * BLOCK[1] * max(most, longest[e]) <= room:
             most, e = max(most, longest[e]), e + 1
-        yield i * size, min(e * size, T), [table(g.rows, i, e) for g in groups]
+        yield i * size, min(e * size, T), [table(x, i, e) for x in lists]
         i = e
 
 
@@ -124,97 +198,136 @@ def table(rows, i, e):
     return out
 
 
-def passes(groups, seen, scale, room):
-    """The functions forward(q, k, v) -> y and backward(q, k, v, y, dy) -> dq, dk, dv."""
-    size = BLOCK[1]
-    order = [h for g in groups for h in g.heads]
-    back = None if len(groups) == 1 else ops.array(np.argsort(order).astype("int32"))
+# ---------------------------------------------------------------- the passes
 
-    def in_blocks(x):  # [B, K, N, D] -> [B, K blocks, block, D]
+
+class Call:
+    """One call's plan, and what both passes do with it."""
+
+    def __init__(self, q, k, begin, rule, heads, q_first, k_first, always, opening):
+        (B, H, T, _), (K, N) = q.shape, k.shape[1:3]
+        docs = documents(begin)
+        self.B, self.N, self.rule, self.first, self.exempt = B, N, rule_of(rule), k_first, (always, opening)
+        # rows whose documents begin alike share a mask
+        self.begin = begin[:1] if docs is not None and docs.count == 1 else begin
+        where, how = ((q_first, T), (k_first, N)), (stacked() // (B * H), BLOCK, str(ops.device()))
+        self.steps, self.back = planned(self.rule, *where, docs, always, opening, tuple(heads), K, *how)
+
+    def blocks(self, x):  # [B, K, N, D] -> [B, K blocks, block, D]
         B, K, N, D = x.shape
-        if N % size:
-            x = ops.cat([x, ops.full((B, K, -N % size, D), 0, x.dtype, x)], 2)
-        return x.reshape(B, -1, size, D)
+        if N % BLOCK[1]:
+            x = ops.cat([x, ops.full((B, K, -N % BLOCK[1], D), 0, x.dtype, x)], 2)
+        return x.reshape(B, -1, BLOCK[1], D)
 
-    def cut(x, a, b, g, s):  # [B, H, T, D] -> [s, B h, r, D]
-        x = x[:, :, a:b]
-        x = x if back is None else ops.entries(x, ops.array(np.array(g.heads, "int32")), 1)
-        return ops.swap(x.reshape(-1, s, (b - a) // s, x.shape[3]), 0, 1)
+    def cut(self, x, a, b, w):  # [B, H, T, D] -> [s, B h, r, D]
+        x = of_heads(x[:, :, a:b], w.group.heads)
+        s, r = w.at.shape[0], w.at.shape[2]
+        return ops.swap(x.reshape(-1, s, r, x.shape[3]), 0, 1)
 
-    def join(parts, heads):  # groups' [s, B h, r, D] -> [B, H, s r, D]
-        parts = [ops.swap(x, 0, 1).reshape(-1, n, x.shape[0] * x.shape[2], x.shape[3]) for x, n in zip(parts, heads)]
-        return parts[0] if back is None else ops.entries(ops.cat(parts, 1), back, 1)
+    def join(self, parts):  # groups' [s, B h, r, D] -> [B, H, s r, D]
+        parts = [ops.swap(x, 0, 1).reshape(self.B, -1, x.shape[0] * x.shape[2], x.shape[3]) for x in parts]
+        x = parts[0] if len(parts) == 1 else ops.cat(parts, 1)
+        return x if self.back is None else ops.entries(x, self.back, 1)
 
-    def fold(x, B, g):  # [s, B h, ., .] -> [s, B g, h / g ., .]: queries that share a key head become rows
-        return x.reshape(x.shape[0], B * len(g.keys), -1, x.shape[3])
+    def fold(self, x, w):  # [s, B h, ., .] -> [s, B g, h / g ., .]: queries that share a key head become rows
+        return x.reshape(x.shape[0], self.B * len(w.group.keys), -1, x.shape[3])
 
-    def steps(T, N):
-        """The stripes' work, group by group: a, b and [(group, s, where its key blocks lie among all of them, the keys' numbers)]."""
-        n = -(-N // size)
-        for a, b, tables in stripes(groups, T, room):
-            work = []
-            for g, blocks in zip(groups, tables):
-                at = np.array(g.keys)[:, None] * n + np.maximum(blocks, 0).ravel()
-                cols = np.where(blocks[..., None] < 0, -1, blocks[..., None] * size + np.arange(size, dtype="int32"))
-                cols = np.where(cols < N, cols, -1).reshape(len(blocks), -1)
-                work.append((g, len(blocks), ops.array(at.ravel().astype("int32")), cols))
-            # queries that no head lets see anything keep their zeros
-            if any((cols >= 0).any() for *_, cols in work):
-                yield a, b, work
+    def gather(self, x, w):  # [B, K blocks, block, D] -> [s, B g, c, D]
+        y = ops.entries(x, w.where, 1)
+        return ops.swap(y.reshape(self.B * len(w.group.keys), w.at.shape[0], -1, x.shape[3]), 0, 1)
 
-    def gather(x, at, g, s):  # [B, K blocks, block, D] -> [s, B g, c, D]
-        y = ops.entries(x, at, 1)
-        return ops.swap(y.reshape(x.shape[0] * len(g.keys), s, -1, x.shape[3]), 0, 1)
+    def scatter(self, x, w, y):  # adds [s, B g, c, D] where it was gathered
+        return ops.add(x, w.where, ops.swap(y, 0, 1).reshape(x.shape[0], -1, BLOCK[1], x.shape[3]))
 
-    def scatter(x, at, y):  # adds [s, B g, c, D] where it was gathered
-        return ops.add(x, at, ops.swap(y, 0, 1).reshape(x.shape[0], -1, size, x.shape[3]))
+    def seen(self, a, b, w):
+        """May the queries a..b see their keys? bool [s, 1 or B h, r, c]."""
+        s, rows, begin = w.at.shape[0], BLOCK[1], 0
+        cols = (w.blocks[..., None] * rows + ops.arange(rows, w.blocks)).reshape(s, 1, 1, -1)
+        # no key: an empty slot, as everywhere
+        at = ops.where((cols < 0) | (cols >= self.N), -1, cols + self.first)
+        if self.begin is not None:
+            begin = ops.swap(self.begin[:, 0, a:b].reshape(self.begin.shape[0], s, -1, 1), 0, 1)
+        see = dense.sees(w.at, at, begin, w.group.head, cols, self.rule, *self.exempt)
+        return see if see.shape[1] == 1 else ops.repeat(see, len(w.group.heads), 1)
 
-    def per_head(see, B, g):  # [s, 1 or B, r, c] -> [s, 1 or B h, r, c]
-        return see if see.shape[1] == 1 else ops.repeat(see, len(g.heads), 1)
+    def scores(self, x, keys, see, scale, w):  # [s, B h, r, c] float32
+        s = ops.cast(self.fold(x, w) @ ops.swap(keys, 2, 3), ops.float32).reshape(*x.shape[:3], keys.shape[2])
+        s *= scale
+        return ops.where(see, s, -1e30)
 
-    def forward(q, k, v):
-        B, N = k.shape[0], k.shape[2]
-        k, v, y, last = in_blocks(k), in_blocks(v), ops.full(q.shape, 0, q.dtype, q), None
-        for a, b, work in steps(q.shape[2], N):
-            parts = []
-            for g, s, at, cols in work:
-                x = ops.after(cut(q, a, b, g, s), last)
-                see = per_head(seen(a, b, cols, g.head), B, g)
-                last = ops.sdpa(x, gather(k, at, g, s), gather(v, at, g, s), see, scale)
-                parts.append(last)
-            y = ops.put(y, join(parts, [len(g.heads) for g in groups]), a)
-        return y
 
-    def backward(q, k, v, y, dy):
-        B, K, N, D = k.shape
-        like, k, v = k, in_blocks(k), in_blocks(v)
-        dq = ops.full(q.shape, 0, q.dtype, q)
-        dk, dv = (ops.full(x.shape, 0, ops.float32, x) for x in (k, v))
-        last, wide = None, lambda x: ops.cast(x, ops.float32)
-        for a, b, work in steps(q.shape[2], N):
-            parts = []
-            for g, s, at, cols in work:
-                x, o, do = (cut(ops.after(t, last), a, b, g, s) for t in (q, y, dy))
-                see = per_head(seen(a, b, cols, g.head), B, g)
-                # a query that sees nothing has zeros for an answer, whatever its scores
-                do = do * ops.cast(ops.amax(see, -1), do.dtype)
-                shape = *x.shape[:3], cols.shape[1]
-                x, o, do = (fold(t, B, g) for t in (x, o, do))
-                keys, values = gather(k, at, g, s), gather(v, at, g, s)
-                scores = wide(x @ ops.swap(keys, 2, 3)).reshape(shape)  # [s, B h, r, c]
-                scores *= scale
-                p = fold(ops.softmax(ops.where(see, scores, -1e30), -1), B, g)
-                dv = scatter(dv, at, ops.swap(ops.cast(p, x.dtype), 2, 3) @ do)
-                ds = wide(do @ ops.swap(values, 2, 3))
-                ds -= (wide(o) * wide(do)).sum(-1)[..., None]
-                ds *= p
-                ds = ops.cast(ds, x.dtype)
-                dk = scatter(dk, at, ops.swap(ds, 2, 3) @ x)
-                parts.append((ds @ keys * scale).reshape(*shape[:3], D))
-                last = ops.mark(parts[-1], dk, dv)
-            dq = ops.put(dq, join(parts, [len(g.heads) for g in groups]), a)
-        dk *= scale
-        whole = lambda x: ops.cast(x.reshape(B, K, -1, D)[:, :, :N], like.dtype)
-        return dq, whole(dk), whole(dv)
+def forward(
+    q: Array, k: Array, v: Array, begin: Array | None, rule: str, heads: list[int], q_first: int, k_first: int, always: int, opening: int,
+    scale: float, wanted: bool,
+) -> tuple[Array, Array]:  # fmt: skip
+    """y and the log-sum-exp [B, H, T], empty unless it is wanted. rule: its name; heads: the numbers of q's heads for the rule."""
+    call = Call(q, k, begin, rule, heads, q_first, k_first, always, opening)
+    k, v, y, last = call.blocks(k), call.blocks(v), ops.full(q.shape, 0, q.dtype, q), None
+    lse = ops.full((*q.shape[:2], q.shape[2] if wanted else 0, 1), -float("inf"), ops.float32, q)
+    wide = lambda x: ops.cast(x, ops.float32)
+    for a, b, work in call.steps:
+        parts, sums = [], []
+        for w in work:
+            x = ops.after(call.cut(q, a, b, w), last)
+            keys, values, see = call.gather(k, w), call.gather(v, w), call.seen(a, b, w)
+            if wanted:
+                # from rounded scores the answers of different keys would be weighed against each other wrongly
+                s = call.scores(wide(x), wide(keys), see, scale, w)
+                sum_ = ops.logsumexp(s, -1)[..., None]
+                p = call.fold(ops.exp(s - sum_) * wide(see), w)
+                last = ops.cast(p @ wide(values), q.dtype).reshape(x.shape)
+                sums.append(ops.where(ops.amax(see, -1), sum_, -float("inf")))
+            else:
+                last = ops.sdpa(x, keys, values, see, scale)
+            parts.append(last)
+        y = ops.put(y, call.join(parts), a)
+        lse = ops.put(lse, call.join(sums), a) if wanted else lse
+    return y, lse[..., 0]
 
-    return forward, backward
+
+def backward(
+    q: Array, k: Array, v: Array, begin: Array | None, rule: str, heads: list[int], q_first: int, k_first: int, always: int, opening: int,
+    scale: float, wanted: bool, y: Array, lse: Array, dy: Array, dlse: Array,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """dq, dk, dv."""
+    B, K, N, D = k.shape
+    call = Call(q, k, begin, rule, heads, q_first, k_first, always, opening)
+    like, k, v = k, call.blocks(k), call.blocks(v)
+    dq = ops.full(q.shape, 0, q.dtype, q)
+    dk, dv = (ops.full(x.shape, 0, ops.float32, x) for x in (k, v))
+    last, wide = None, lambda x: ops.cast(x, ops.float32)
+    for a, b, work in call.steps:
+        parts = []
+        for w in work:
+            x, o, do = (call.cut(ops.after(t, last), a, b, w) for t in (q, y, dy))
+            see = call.seen(a, b, w)
+            # a query that sees nothing has zeros for an answer, whatever its scores
+            some = ops.amax(see, -1)
+            do = do * ops.cast(some, do.dtype)
+            keys, values = call.gather(k, w), call.gather(v, w)
+            p = call.fold(ops.softmax(call.scores(x, keys, see, scale, w), -1), w)
+            delta = (wide(o) * wide(do)).sum(-1)[..., None]
+            if wanted:
+                delta = delta - ops.where(some, call.cut(dlse[..., None], a, b, w), 0.0)
+            shape = x.shape
+            x, do, delta = (call.fold(t, w) for t in (x, do, delta))
+            dv = call.scatter(dv, w, ops.swap(ops.cast(p, x.dtype), 2, 3) @ do)
+            ds = wide(do @ ops.swap(values, 2, 3))
+            ds -= delta
+            ds *= p
+            ds = ops.cast(ds, x.dtype)
+            dk = call.scatter(dk, w, ops.swap(ds, 2, 3) @ x)
+            parts.append((ds @ keys * scale).reshape(shape))
+            last = ops.mark(parts[-1], dk, dv)
+        dq = ops.put(dq, call.join(parts), a)
+    dk *= scale
+    whole = lambda x: ops.cast(x.reshape(B, K, -1, D)[:, :, :N], like.dtype)
+    return dq, whole(dk), whole(dv)
+
+
+def outputs(q, *rest):
+    """Shapes and dtypes of what forward() returns."""
+    return (q.shape, q.dtype), ((*q.shape[:2], q.shape[2] if rest[-1] else 0), ops.float32)
+
+
+attention = ops.operator("blocks", forward, backward, outputs)

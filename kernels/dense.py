@@ -24,11 +24,26 @@ def sees(q, k, b, h, n, rule, always, opening):
     return (see & (k <= q) & (k >= b)) | (q < 0)
 
 
-def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None):
+def biases(q_at, k_at, bias, heads):
+    """What is added to the logits, [B, H, T, N]."""
+    k = ops.repeat(k_at.at, heads // k_at.at.shape[1], 1)
+    distance = q_at.at[..., None] - k[..., None, :]
+    if bias.slope is not None:
+        return -bias.slope[:, None, None] * distance
+    H, R = bias.table.shape
+    at = ops.where(distance < 0, 0, ops.minimum(distance, R - 1)) + ops.arange(H, distance).reshape(H, 1, 1) * R
+    return ops.entries(bias.table.reshape(-1), at.reshape(-1), 0).reshape(at.shape)
+
+
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, bias=None, lse=False):
     """See kernels.attend. Queries that may see nothing give zeros."""
     H, D = q.shape[1], q.shape[3]
     see = visible(q_at, k_at, rule, begin, always, opening, H)
     k, v = (ops.cast(ops.repeat(x, H // k.shape[1], 1), ops.float32) for x in (k, v))
     s = ops.cast(q, ops.float32) @ ops.swap(k, 2, 3) * (D**-0.5 if scale is None else scale)
-    p = ops.softmax(ops.where(see, s, -1e30), -1) * ops.cast(see, ops.float32)
-    return ops.cast(p @ v, q.dtype)
+    if bias is not None:
+        s = s + biases(q_at, k_at, bias, H)
+    s = ops.where(see, s, -1e30)
+    p = ops.softmax(s, -1) * ops.cast(see, ops.float32)
+    y = ops.cast(p @ v, q.dtype)
+    return (y, ops.where(ops.amax(see, -1)[..., 0], ops.logsumexp(s, -1), -float("inf"))) if lse else y

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from errors import Refused
 from kernels.spans import FAR, Span, Truth, behaviours
 
 
@@ -97,6 +98,7 @@ def layout(rule, q, k, block=128, begin=None, always=0, head=0, opening=0):
 
 recent = {}  # layouts by rule, options and the blocks' positions, the last one asked for at the end
 ROOM = 1 << 28  # bytes of pairs that are kept; their lists take about as much again
+MOST = 80 << 20  # blocks of one layout, 0.7 gigabytes: a little more than the causal half of 512K tokens in blocks of 64 x 32
 
 
 def layouts(rule, q, k, block=128, begin=None, always=0, heads=1, opening=0):
@@ -196,9 +198,16 @@ def search(rule, qs, ks, size, exempt, head):
         inside = (i < q.shape[1]) & (j < k.shape[1])
         i, j = i[inside], j[inside]
         t = judge(rule, q[:, i], k[:, j], j, size << level, exempt, head)
+        open_ = t.may & ~t.must
+        # those that are found, and those to look at next
+        blocks = sum(map(len, full)) + (np.count_nonzero(t.must) << 2 * level) + (np.count_nonzero(open_) << 2 * (level > 0))
+        if blocks > MOST:
+            raise Refused(
+                f"--attn {rule} leaves more than {MOST >> 20} million blocks of {qs[0].shape[1]} x {ks[0].shape[1]}, too many to list: "
+                "choose a pattern that sees less, or read the text in shorter segments"
+            )
         if t.must.any():
             full.append(leaves(i[t.must], j[t.must], level, qs[0], ks[0].shape[1]))
-        open_ = t.may & ~t.must
         i, j = i[open_], j[open_]
         if level:
             i, j = (np.repeat(2 * i, 4) + np.tile([0, 0, 1, 1], len(i)), np.repeat(2 * j, 4) + np.tile([0, 1, 0, 1], len(j)))

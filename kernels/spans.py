@@ -133,15 +133,16 @@ def reach(rule, after, k, begin=0):
     return np.broadcast_to(Truth.of(t).may, k.shape) & (k >= begin)
 
 
-def is_causal(rule, n, first=0):
-    """Is the rule plain causal attention for n consecutive tokens from position `first`?
+def is_causal(rule, n, first=0, head=None):
+    """Is the rule plain causal attention for n consecutive tokens from position `first`? In this head; None: in all heads.
 
     It never says yes wrongly: a window must hold n tokens, local blocks must hold them all in one.
     Ints only and nothing remembered, a few microseconds: this is asked at every call, and a compiler traces through it.
     """
     k = Span(first, first + n - 1)
     q = Span(first, first + n - 1, above=k)
-    return bool(Truth.of(rule.module.allowed(q, k, Span(0, HEADS), rule.options)).must)
+    head = Span(0, HEADS) if head is None else head
+    return bool(Truth.of(rule.module.allowed(q, k, head, rule.options)).must)
 
 
 @functools.lru_cache(maxsize=256)

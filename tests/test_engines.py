@@ -1,5 +1,7 @@
 """Every engine of attend() against its specification, kernels/dense.py, and that against numpy: values and all gradients."""
 
+import functools
+
 import numpy as np
 import pytest
 from conftest import JOINED, apart, gradients, loss_and_gradients, named, places, small, text, tiny
@@ -9,7 +11,7 @@ import kernels
 import ops
 import plugins
 
-ENGINES = ["stock", "auto", "blocks"]
+ENGINES = ["stock", "auto", "blocks", *(["triton"] if kernels.TRITON else [])]
 RULES = [small("attention", n) for n in ALONE + JOINED]
 # rows, query heads, key heads, queries, keys, head width
 SHAPES = [(1, 4, 4, 1, 1, 8), (2, 4, 2, 17, 17, 8), (3, 6, 1, 1, 33, 16), (2, 4, 4, 37, 61, 20), (1, 2, 2, 128, 131, 32)]
@@ -54,8 +56,9 @@ def test_dense_equals_numpy(use):
     p = np.exp(s - s.max(-1, keepdims=True))
     want = np.einsum("bhtn,bhnd->bhtd", p / p.sum(-1, keepdims=True), v.repeat(2, 1))
     use("dense")
-    got = kernels.attend(*inputs(B, H, K, T, N, D)[:3], places(at), places(keys), plugins.parse("attention", "window:window=5"), scale=0.3)
-    assert apart(ops.numpy(got), want) < 1e-5
+    how = places(at), places(keys), plugins.parse("attention", "window:window=5")
+    got, lse = kernels.attend(*inputs(B, H, K, T, N, D)[:3], *how, scale=0.3, lse=True)
+    assert apart(ops.numpy(got), want) < 1e-5 and apart(ops.numpy(lse), np.log(np.exp(s).sum(-1))) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", EPS)
@@ -104,6 +107,78 @@ def test_rows_that_see_nothing_give_zeros(use, engine):
         assert (a[:, :, [0, 1, 4, 5]] == 0).all() and (a[:, :, [2, 3]] != 0).all()
     assert all(np.isfinite(a).all() for a in (dk, dv)) and (dk[:, :, 8] == 0).all() and (dv[:, :, 8] == 0).all()
     agree(use, engine, "float32", arrays, q_at, k_at, plugins.parse("attention", "full"), begin)
+
+
+def with_lse(use, engine, arrays, *how, lost=0.0, **named):
+    """y, lse and the gradients of <y, w> + <sin lse, w's first column>; lost: the gradient that rows without keys get handed."""
+    use(engine)
+    *qkv, w = arrays
+
+    def f(*qkv):
+        y, lse = kernels.attend(*qkv, *how, lse=True, **named)
+        some = lse > -1e30
+        u = ops.where(some, ops.cast(w[..., 0], ops.float32), lost)
+        return ops.cast(y * w, ops.float32).sum() + (u * ops.where(some, ops.sin(ops.where(some, lse, 0.0)), lse)).sum()
+
+    y, lse = kernels.attend(*qkv, *how, lse=True, **named)
+    assert y.dtype == qkv[0].dtype and lse.dtype == ops.float32 and tuple(lse.shape) == tuple(y.shape[:3])
+    return [ops.numpy(a) for a in (y, lse, *gradients(f, *qkv))]
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@every_engine
+@every_rule
+def test_log_sum_exp(use, rule, engine, dtype):
+    """Values and gradients, of a whole text and of one with documents."""
+    begin = ops.array(np.where(np.arange(37) < 11, 20, 35).astype("int32")[None, None].repeat(2, 0))
+    q_at, k_at = places(np.arange(24, 61))._replace(first=24), places(np.arange(61))._replace(first=0)
+    for b in (None, begin):
+        how = q_at, k_at, plugins.parse("attention", rule), b, 2
+        got, want = (with_lse(use, e, inputs(2, 4, 2, 37, 61, 16, dtype=dtype), *how) for e in (engine, "dense"))
+        for what, a, b in zip(("y", "lse", "dq", "dk", "dv"), got, want):
+            error = apart(a, b) if dtype == "float32" else np.sqrt(np.mean((a - b) ** 2)) / b.std()
+            assert error <= EPS[dtype], what
+
+
+@every_engine
+def test_log_sum_exp_of_nothing(use, engine):
+    """It is minus infinity, and the gradient by that changes nothing."""
+    q_at, k_at = places(np.arange(10, 30))._replace(first=10), places(np.arange(16, 46))._replace(first=16)
+    how = q_at, k_at, plugins.parse("attention", "window:window=4")
+    y, lse, dq, dk, dv = with_lse(use, engine, inputs(2, 4, 2, 20, 30, 8), *how, lost=1.0)
+    assert (lse[:, :, :6] == -np.inf).all() and np.isfinite(lse[:, :, 6:]).all() and (y[:, :, :6] == 0).all() and (dq[:, :, :6] == 0).all()
+    for a, b in zip((dq, dk, dv), with_lse(use, "dense", inputs(2, 4, 2, 20, 30, 8), *how)[2:]):
+        assert apart(a, b) < 1e-4
+
+
+def merged(parts):
+    """(y, lse) of attention over all keys from those over parts of them."""
+    top = functools.reduce(lambda a, b: ops.where(a > b, a, b), [lse for _, lse in parts])
+    weights = [ops.exp(lse - ops.stop(top))[..., None] for _, lse in parts]
+    total = sum(weights)
+    return sum(w * y for w, (y, _) in zip(weights, parts)) / total, top
+
+
+@pytest.mark.parametrize("engine", ["dense", *ENGINES])
+@pytest.mark.parametrize("spec", ["full", "window:window=5", "longformer:window=5,n_global=2", "duo:window=5", "bigbird:block=6,window=1"])
+def test_two_halves_of_the_keys_merge(use, spec, engine):
+    """Attention over all keys, values and gradients; some rows see nothing in one half."""
+    rule, N, half = plugins.parse("attention", spec), 40, 23
+    arrays, q_at = inputs(2, 4, 2, N, N, 8), places(np.arange(N))._replace(first=0)
+    w = arrays[3]
+
+    def f(*qkv):
+        q, parts = qkv[0], []
+        for a, b in ((0, half), (half, N)):
+            k_at = places(np.arange(a, b))._replace(first=a)
+            parts.append(kernels.attend(q, *(x[:, :, a:b] for x in qkv[1:]), q_at, k_at, rule, lse=True))
+        return merged(parts)[0]
+
+    want = outcome(use, "dense", arrays, q_at, q_at, rule)
+    use(engine)
+    got = [f(*arrays[:3]), *gradients(lambda *x: (f(*x) * w).sum(), *arrays[:3])]
+    for what, a, b in zip("yqkv", got, want):
+        assert apart(ops.numpy(a), b) < 2e-5, what
 
 
 @every_engine

@@ -1,0 +1,563 @@
+"""attend() as flash attention over lists of blocks, in Triton: forward and backward, the pattern's rule compiled in.
+
+FlashAttention-2 (Dao 2023, arXiv:2307.08691) where a program walks a list of blocks instead of a range. The lists come from
+kernels/layout.py by kernels/plan.py, so time and memory follow the pattern; the rule itself (kernels/inline.py) is applied on partial
+blocks only. The backward pass is two passes, dK and dV by blocks of keys and dQ by blocks of queries, without atomic additions.
+
+Symbols: B rows, H query heads, K key heads, G = H / K, n queries, n_keys keys, D head width (DP: the next power of two); BQ x BK a block;
+s scores, p weights, l row sums, m row maxima. Everything is in base 2: lse is log2 of a row's sum of 2^s, 1e30 where it sees nothing.
+Masked scores are -1e30, not -inf, so no NaN can arise.
+"""
+
+import os
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import ops
+from kernels import plan
+from kernels.inline import compiled
+from kernels.layout import layout
+from kernels.named import named, rule_of
+from kernels.spans import behaviours
+
+Maybe = Optional[Tensor]  # noqa: UP045, so that a schema can be read off
+LOG2E = 1.4426950408889634
+MASKED = tl.constexpr(-1e30)
+PARTIAL = tl.constexpr(0x7FFFFFFF)
+BLOCK_BITS, BLOCK = tl.constexpr(plan.BLOCKS), tl.constexpr((1 << plan.BLOCKS) - 1)
+
+# ---------------------------------------------------------------- inside the kernels
+
+
+@triton.jit
+def seen(
+    q, k, b, ki, h, layer, last,
+    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
+):  # fmt: skip
+    """May queries at q (their documents beginning at b) see keys at k, the ki-th ones? As kernels/dense.sees(). Rows beyond the end
+    of the keys stand behind every query, or (BEHIND) at least behind the last key, or at -1 if positions are read."""
+    see = RULE(q - b, k - b, h, layer)
+    if ALWAYS > 0:
+        see = see | (ki < ALWAYS)
+    if OPENING > 0:
+        see = see | (k - b < OPENING)
+    see = see & (k <= q)
+    if BEHIND:
+        see = see & (k <= last)
+    if EXPLICIT or DOCS:
+        see = see & (k >= b)
+    return see
+
+
+@triton.jit
+def positions(AT, FIRST, r, n, EXPLICIT: tl.constexpr):
+    """Positions of rows r: read from AT, or consecutive from FIRST."""
+    if EXPLICIT:
+        return tl.load(AT + r, mask=r < n, other=-1)
+    else:
+        return FIRST + r
+
+
+@triton.jit
+def begins(BEGIN, r, n, DOCS: tl.constexpr):
+    """Where the documents of rows r begin."""
+    if DOCS:
+        return tl.load(BEGIN + r, mask=r < n, other=0)
+    else:
+        return r * 0
+
+
+@triton.jit
+def biased(s, scale, q, k, slope, TABLE, far, REACH: tl.constexpr, BIAS: tl.constexpr):
+    """Scores in base 2 from raw products: slope: - slope * (q - k); table: + TABLE[min(q - k, REACH - 1)], far: that of distant keys."""
+    if BIAS == "slope":
+        return s * scale - slope * (q - k).to(tl.float32)
+    elif BIAS == "table":
+        if tl.min(q) - tl.max(k) >= REACH - 1:
+            b = tl.zeros_like(s) + far
+        else:
+            b = tl.load(TABLE + tl.minimum(tl.maximum(q - k, 0), REACH - 1))
+        return s * scale + b * 1.4426950408889634
+    else:
+        return s
+
+
+@triton.jit
+def factor_of(scale, BIAS: tl.constexpr):
+    """What still multiplies the scores that biased() returns: without a bias the scale joins the exponential in one instruction."""
+    if BIAS == "none":
+        return scale
+    else:
+        return 1.0
+
+
+@triton.jit
+def bias_of(SLOPE, TABLE, h, REACH: tl.constexpr, BIAS: tl.constexpr):
+    """A head's slope in base 2, its table, and the table's last entry."""
+    if BIAS == "slope":
+        return tl.load(SLOPE + h) * 1.4426950408889634, TABLE, 0.0
+    elif BIAS == "table":
+        return 0.0, TABLE + h * REACH, tl.load(TABLE + h * REACH + REACH - 1)
+    else:
+        return 0.0, TABLE, 0.0
+
+
+@triton.jit
+def my_work(WHO, ITEM, LO, HI, Z, wide):
+    """(head counted over rows, its block or -1, the list's ends, the place of this piece): heads first, so that neighbours share blocks."""
+    pid = tl.program_id(0)
+    z = pid % Z
+    at = tl.load(WHO + z) * wide + pid // Z
+    return z, tl.load(ITEM + at), tl.load(LO + at), tl.load(HI + at), at
+
+
+@triton.jit(do_not_specialize=["n", "n_keys", "q_first", "k_first", "wide", "layer", "Z"])
+def forward_kernel(
+    Q, K, V, O, LSE, Q_AT, K_AT, BEGIN, SLOPE, TABLE, WHO, ITEM, LO, HI, LIST,
+    Z, wide, n, n_keys, q_first, k_first, layer, scale,
+    H: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, REACH: tl.constexpr, K_HEADS: tl.constexpr,
+    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head over its blocks of keys."""
+    z, i, lo, hi, _ = my_work(WHO, ITEM, LO, HI, Z, wide)
+    if i < 0:
+        return
+    b, h = z // H, z % H
+    r = i * BQ + tl.arange(0, BQ)
+    qp = positions(Q_AT + b * n, q_first, r, n, EXPLICIT)[:, None]
+    qb = begins(BEGIN + b * n, r, n, DOCS)[:, None]
+    slope, TABLE, far = bias_of(SLOPE, TABLE, h, REACH, BIAS)
+    K_AT += (b * K_HEADS + h // G % K_HEADS) * n_keys
+    factor = factor_of(scale, BIAS)
+    q = Q.load([b, h, i * BQ, 0]).reshape(BQ, DP)
+    m = tl.full([BQ], MASKED, tl.float32)
+    l = tl.zeros([BQ], tl.float32)
+    acc = tl.zeros([BQ, DP], tl.float32)
+    for t in tl.range(lo, hi):
+        e = tl.load(LIST + t)
+        j = (e & PARTIAL) * BK
+        s = tl.dot(q, K.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
+        ki = j + tl.arange(0, BK)
+        kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
+        s = biased(s, scale, qp, kp, slope, TABLE, far, REACH, BIAS)
+        if e < 0:
+            s = tl.where(seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
+        new = tl.maximum(m, tl.max(s, 1) * factor)
+        # a row that has seen nothing yet has a maximum far below any score
+        safe = tl.where(new > -1e20, new, 0.0)
+        p = tl.math.exp2(s * factor - safe[:, None])
+        a = tl.math.exp2(m - safe)
+        m, l = new, l * a + tl.sum(p, 1)
+        acc = tl.dot(p.to(Q.dtype), V.load([b, h // G, j, 0]).reshape(BK, DP), acc * a[:, None], input_precision=PRECISION)
+    some = l > 0
+    l = tl.where(some, l, 1.0)
+    O.store([b, h, i * BQ, 0], (acc / l[:, None]).to(Q.dtype).reshape(1, 1, BQ, DP))
+    tl.store(LSE + z.to(tl.int64) * n + r, tl.where(some, m + tl.math.log2(l), 1e30), mask=r < n)
+
+
+@triton.jit(do_not_specialize=["n", "sb", "sh", "sn", "tb", "th", "tn"])
+def delta_kernel(
+    O, DO, DLSE, DELTA, n, sb, sh, sn, tb, th, tn, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, WITH_LSE: tl.constexpr
+):  # fmt: skip
+    """DELTA = rowsum(O * DO) - DLSE: what dS = P * (dP - DELTA) subtracts."""
+    z, r, d = tl.program_id(1), tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, DP)
+    b, h, r64 = (z // H).to(tl.int64), (z % H).to(tl.int64), r.to(tl.int64)[:, None]
+    inside = (r[:, None] < n) & (d[None, :] < D)
+    x = tl.load(O + b * sb + h * sh + r64 * sn + d[None, :], mask=inside, other=0).to(tl.float32)
+    y = tl.load(DO + b * tb + h * th + r64 * tn + d[None, :], mask=inside, other=0).to(tl.float32)
+    delta, at = tl.sum(x * y, 1), z.to(tl.int64) * n + r
+    if WITH_LSE:
+        # DLSE is by lse in base 2
+        delta -= tl.load(DLSE + at, mask=r < n, other=0) * 1.4426950408889634
+    tl.store(DELTA + at, delta, mask=r < n)
+
+
+@triton.jit(do_not_specialize=["n", "n_keys", "q_first", "k_first", "wide", "layer", "Z"])
+def dq_kernel(
+    Q, K, V, DO, DQ, LSE, DELTA, DTABLE, Q_AT, K_AT, BEGIN, SLOPE, TABLE, WHO, ITEM, LO, HI, LIST,
+    Z, wide, n, n_keys, q_first, k_first, layer, scale, plain,
+    H: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, REACH: tl.constexpr, K_HEADS: tl.constexpr,
+    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ = dS K of one block of queries, and with a table its gradient, the sum of dS by distance."""
+    z, i, lo, hi, _ = my_work(WHO, ITEM, LO, HI, Z, wide)
+    if i < 0:
+        return
+    b, h = z // H, z % H
+    r = i * BQ + tl.arange(0, BQ)
+    at = z.to(tl.int64) * n + r
+    qp = positions(Q_AT + b * n, q_first, r, n, EXPLICIT)[:, None]
+    qb = begins(BEGIN + b * n, r, n, DOCS)[:, None]
+    slope, TABLE, far = bias_of(SLOPE, TABLE, h, REACH, BIAS)
+    K_AT += (b * K_HEADS + h // G % K_HEADS) * n_keys
+    factor = factor_of(scale, BIAS)
+    q = Q.load([b, h, i * BQ, 0]).reshape(BQ, DP)
+    do = DO.load([b, h, i * BQ, 0]).reshape(BQ, DP)
+    lse = tl.load(LSE + at, mask=r < n, other=1e30)[:, None]
+    delta = tl.load(DELTA + at, mask=r < n, other=0.0)[:, None]
+    dq = tl.zeros([BQ, DP], tl.float32)
+    away = tl.zeros([BQ], tl.float32)
+    for t in tl.range(lo, hi):
+        e = tl.load(LIST + t)
+        j = (e & PARTIAL) * BK
+        k = K.load([b, h // G, j, 0]).reshape(BK, DP)
+        s = tl.dot(q, k.T, input_precision=PRECISION)
+        ki = j + tl.arange(0, BK)
+        kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
+        s = biased(s, scale, qp, kp, slope, TABLE, far, REACH, BIAS)
+        if e < 0:
+            s = tl.where(seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
+        p = tl.math.exp2(s * factor - lse)
+        dp = tl.dot(do, V.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
+        ds = p * (dp - delta)
+        if BIAS == "table":
+            distance = tl.minimum(tl.maximum(qp - kp, 0), REACH - 1)
+            away += tl.sum(tl.where(distance == REACH - 1, ds, 0.0), 1)
+            if tl.min(qp) - tl.max(kp) < REACH - 1:
+                tl.atomic_add(DTABLE + h * REACH + distance, ds, mask=(distance < REACH - 1) & (ds != 0.0), sem="relaxed")
+        dq = tl.dot(ds.to(Q.dtype), k, dq, input_precision=PRECISION)
+    DQ.store([b, h, i * BQ, 0], (dq * plain).to(Q.dtype).reshape(1, 1, BQ, DP))
+    if BIAS == "table":
+        tl.atomic_add(DTABLE + h * REACH + REACH - 1, tl.sum(away), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n", "n_keys", "q_first", "k_first", "wide", "layer", "Z"])
+def dkv_kernel(
+    Q, K, V, DO, DK, DV, PART, LSE, DELTA, Q_AT, K_AT, BEGIN, SLOPE, TABLE, WHO, ITEM, LO, HI, SLOT, LIST,
+    Z, wide, n, n_keys, q_first, k_first, layer, scale, plain,
+    H: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, REACH: tl.constexpr, K_HEADS: tl.constexpr,
+    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dV = P^T dO and dK = dS^T Q of one block of keys, or a float32 part of them in PART [slot, B K, 2, BK, DP]."""
+    z, j, lo, hi, at = my_work(WHO, ITEM, LO, HI, Z, wide)
+    if j < 0:
+        return
+    HK: tl.constexpr = H // G
+    b, hk = z // HK, z % HK
+    slot = tl.load(SLOT + at)
+    ki = j * BK + tl.arange(0, BK)
+    kp = positions(K_AT + (b * K_HEADS + hk % K_HEADS) * n_keys, k_first, ki, n_keys, EXPLICIT)[:, None]
+    factor = factor_of(scale, BIAS)
+    k = K.load([b, hk, j * BK, 0]).reshape(BK, DP)
+    v = V.load([b, hk, j * BK, 0]).reshape(BK, DP)
+    dk = tl.zeros([BK, DP], tl.float32)
+    dv = tl.zeros([BK, DP], tl.float32)
+    for t in tl.range(lo, hi):
+        e = tl.load(LIST + t)
+        h = hk * G + ((e & PARTIAL) >> BLOCK_BITS)
+        i = (e & BLOCK) * BQ
+        r = i + tl.arange(0, BQ)
+        row = (b * H + h).to(tl.int64) * n + r
+        q = Q.load([b, h, i, 0]).reshape(BQ, DP)
+        # transposed [BK, BQ], so that p and ds feed the next products from registers
+        s = tl.dot(k, q.T, input_precision=PRECISION)
+        do = DO.load([b, h, i, 0]).reshape(BQ, DP)
+        lse = tl.load(LSE + row, mask=r < n, other=1e30)[None, :]
+        delta = tl.load(DELTA + row, mask=r < n, other=0.0)[None, :]
+        qp = positions(Q_AT + b * n, q_first, r, n, EXPLICIT)[None, :]
+        slope, MINE, far = bias_of(SLOPE, TABLE, h, REACH, BIAS)
+        s = biased(s, scale, qp, kp, slope, MINE, far, REACH, BIAS)
+        if e < 0:
+            qb = begins(BEGIN + b * n, r, n, DOCS)[None, :]
+            s = tl.where(seen(qp, kp, qb, ki[:, None], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
+        p = tl.math.exp2(s * factor - lse)
+        dv = tl.dot(p.to(Q.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, do.T, input_precision=PRECISION)
+        dk = tl.dot((p * (dp - delta)).to(Q.dtype), q, dk, input_precision=PRECISION)
+    if slot < 0:
+        DK.store([b, hk, j * BK, 0], (dk * plain).to(Q.dtype).reshape(1, 1, BK, DP))
+        DV.store([b, hk, j * BK, 0], dv.to(Q.dtype).reshape(1, 1, BK, DP))
+    else:
+        to = PART + ((slot * Z + z).to(tl.int64) * 2 * BK + tl.arange(0, BK)[:, None]) * DP + tl.arange(0, DP)[None, :]
+        tl.store(to, dk * plain)
+        tl.store(to + BK * DP, dv)
+
+
+@triton.jit(do_not_specialize=["m", "wide"])
+def add_parts_kernel(PART, WHO, BLOCK, FIRST, COUNT, DK, DV, m, HK: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr):
+    """The sums of a cut block's parts, in order, so that the result does not depend on timing."""
+    z, Z = tl.program_id(1), tl.num_programs(1)
+    at = tl.load(WHO + z) * m + tl.program_id(0)
+    first, count = tl.load(FIRST + at), tl.load(COUNT + at)
+    if count == 0:
+        return
+    r = tl.arange(0, BK)[:, None] * DP + tl.arange(0, DP)[None, :]
+    dk = tl.zeros([BK, DP], tl.float32)
+    dv = tl.zeros([BK, DP], tl.float32)
+    for c in tl.range(first, first + count):
+        part = PART + (c * Z + z).to(tl.int64) * 2 * BK * DP + r
+        dk += tl.load(part)
+        dv += tl.load(part + BK * DP)
+    j = tl.load(BLOCK + at) * BK
+    DK.store([z // HK, z % HK, j, 0], dk.to(DK.dtype).reshape(1, 1, BK, DP))
+    DV.store([z // HK, z % HK, j, 0], dv.to(DV.dtype).reshape(1, 1, BK, DP))
+
+
+# ---------------------------------------------------------------- around the kernels
+
+
+class Shape(NamedTuple):
+    """What a kernel needs: tokens in a block of queries and of keys, warps, stages of the pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def shapes(D, dtype):
+    """The blocks of forward, dQ and dK/dV. Measured on an H100 in bfloat16 (bench/attention.py); the others must only fit."""
+    if dtype == torch.float32:
+        size = 64 if D <= 64 else 32 if D <= 128 else 16
+        return (Shape(size, size, 4, 2),) * 3
+    if D > 128:
+        return Shape(64, 64, 8, 2), Shape(64, 32, 8, 2), Shape(32, 64, 8, 2)
+    return Shape(128 if D > 64 else 64, 64, 4, 2), Shape(64, 64, 4, 2), Shape(64, 64, 4, 2)
+
+
+def can(q, k):
+    """Can the kernels do this? Head width a multiple of 8 up to 256, on CUDA (or interpreted)."""
+    return (q.is_cuda or INTERPRETED) and q.shape[3] % 8 == 0 and q.shape[3] <= 256 and q.shape[1] // k.shape[1] <= 64
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Where(NamedTuple):
+    """Who stands where: positions that are consecutive from `q_first` and `k_first`, or arrays [1 or B, 1, n] and
+    [1 or B, 1 or K, n_keys]; where each query's document begins, [1 or B, 1, n], or None: at 0."""
+
+    q_first: int
+    k_first: int
+    q_at: Maybe
+    k_at: Maybe
+    begin: Maybe
+
+
+def works(where, q, k, rule, always, opening):
+    """The Work of forward, dQ and dK/dV for these tensors and places: from a cache if it is there."""
+    (B, H, n, D), (K, n_keys) = q.shape, k.shape[1:3]
+    host = [None if x is None else ops.known(x) for x in where[2:]]
+    sides = (where.q_first, n), (where.k_first, n_keys)
+    key = rule, sides, *(x if x is None else (x.shape, x.tobytes()) for x in host), B, H, K, D, q.dtype, q.device, always, opening
+    made = recent.pop(key, None)
+    recent[key] = made = made or plans(host, sides, shapes(D, q.dtype), rule, B, H, K, always, opening, q.device)
+    while len(recent) > 1 and sum(w.list.numel() for made in recent.values() for w in made) > ROOM:
+        del recent[next(iter(recent))]
+    return made
+
+
+recent = {}  # Work by everything that it depends on, the last one asked for at the end
+ROOM = 1 << 26  # entries that are kept on the device
+
+
+def plans(host, sides, blocks, rule, B, H, K, always, opening, device):
+    q_at, k_at, begin = host
+    who = behaviours(rule, H)
+
+    def found(shape):
+        """The layouts [B][H]; what stands alike is asked for once, and alike."""
+        known, out = {}, []
+        for b in range(B):
+            out.append([])
+            for h in range(H):
+                row = lambda x: x[b % x.shape[0]]
+                rows = [None if x is None else row(x)[0] for x in (q_at, begin)]
+                keys = None if k_at is None else row(k_at)[h * K // H % k_at.shape[1]]
+                q, k = (side if x is None else x for side, x in zip(sides, (rows[0], keys)))
+                mark = who[h], *(x if x is None else x.tobytes() for x in (*rows, keys))
+                if mark not in known:
+                    known[mark] = layout(rule, q, k, (shape.queries, shape.keys), rows[1], always, who[h], opening)
+                out[-1].append(known[mark])
+        return out
+
+    put = lambda x: torch.from_numpy(x).to(device, non_blocking=True)
+    forward, dq, dkv = blocks
+    by_query = plan.by_query(found(forward)).to(put)
+    again = by_query if dq[:2] == forward[:2] else plan.by_query(found(dq)).to(put)
+    return by_query, again, plan.by_key(found(dkv), K).to(put)
+
+
+def ready(x):
+    """x as a tensor descriptor can take it: rows of contiguous, aligned numbers."""
+    fine = x.stride(3) == 1 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3]) and x.data_ptr() % 16 == 0
+    return x if fine else x.contiguous() if not x.is_contiguous() else x.clone()
+
+
+def described(x, block):
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, triton.next_power_of_2(max(x.shape[3], 16))])
+
+
+def heads_last(x):
+    """An empty tensor of x's shape [B, H, n, D] that lies in memory as [B, n, H, D], as the layers around want it."""
+    B, H, n, D = x.shape
+    return x.new_empty(B, n, H, D).transpose(1, 2)
+
+
+class Call(NamedTuple):
+    """Everything that both passes need besides tensors of queries and keys."""
+
+    rule: str
+    where: Where
+    always: int
+    opening: int
+    scale: float
+    slope: Maybe
+    table: Maybe
+
+    def arrays(self, q, k, like):
+        """Positions [B, n], [B, 1 or K, n_keys], documents [B, n] int32, and the bias; in the place of what is not there, which is
+        never read, `like`."""
+        B, w = q.shape[0], self.where
+        whole = lambda x, *shape: like if x is None else x.expand(shape).to(torch.int32).contiguous()
+        at = whole(w.q_at, B, 1, q.shape[2]), whole(w.k_at, B, self.key_heads(), k.shape[2]), whole(w.begin, B, 1, q.shape[2])
+        return *at, *(like if x is None else x for x in (self.slope, self.table))
+
+    def key_heads(self):
+        """How many key heads have positions of their own."""
+        return 1 if self.where.k_at is None else self.where.k_at.shape[1]
+
+    def options(self, q, k, shape):
+        kind = "slope" if self.slope is not None else "table" if self.table is not None else "none"
+        return {
+            "H": q.shape[1],
+            "G": q.shape[1] // k.shape[1],
+            "DP": triton.next_power_of_2(max(q.shape[3], 16)),
+            "BQ": shape.queries,
+            "BK": shape.keys,
+            "REACH": 1 if self.table is None else self.table.shape[1],
+            "K_HEADS": self.key_heads(),
+            "RULE": compiled(rule_of(self.rule)),
+            "EXPLICIT": self.where.q_at is not None,
+            "BEHIND": self.where.q_at is None and self.where.q_first + q.shape[2] > self.where.k_first + k.shape[2],
+            "DOCS": self.where.begin is not None,
+            "ALWAYS": self.always,
+            "OPENING": self.opening,
+            "BIAS": kind,
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+            "num_warps": shape.warps,
+            "num_stages": shape.stages,
+        }
+
+
+def run_forward(q, k, v, call):
+    """out like q, and lse [B, H, n] float32 in base 2, 1e30 where a query sees nothing."""
+    B, H, n, D = q.shape
+    q, k, v = ready(q), ready(k), ready(v)
+    out, lse = heads_last(q), q.new_empty(B, H, n, dtype=torch.float32)
+    rule = rule_of(call.rule)
+    work, shape = works(call.where, q, k, rule, call.always, call.opening)[0], shapes(D, q.dtype)[0]
+    wide = work.item.shape[1]
+    forward_kernel[(B * H * wide,)](
+        described(q, shape.queries), described(k, shape.keys), described(v, shape.keys), described(out, shape.queries),
+        lse, *call.arrays(q, k, lse), work.who, work.item, work.lo, work.hi, work.list,
+        B * H, wide, n, k.shape[2], call.where.q_first, call.where.k_first, layer_of(rule), call.scale * LOG2E, **call.options(q, k, shape),
+    )  # fmt: skip
+    return out, lse
+
+
+def run_backward(q, k, v, out, lse, do, dlse, call):
+    """dq, dk, dv and the table's gradient."""
+    (B, H, n, D), (K, n_keys) = q.shape, k.shape[1:3]
+    q, k, v, do = ready(q), ready(k), ready(v), ready(do)
+    dq, dk, dv, delta = heads_last(q), heads_last(k), heads_last(v), torch.empty_like(lse)
+    dtable = None if call.table is None else torch.zeros_like(call.table)
+    rule = rule_of(call.rule)
+    layer = layer_of(rule)
+    (_, by_query, by_key), (_, shape_q, shape_k) = works(call.where, q, k, rule, call.always, call.opening), shapes(D, q.dtype)
+    DP = triton.next_power_of_2(max(D, 16))
+    delta_kernel[(triton.cdiv(n, 64), B * H)](
+        out, do, lse if dlse is None else dlse.contiguous(), delta, n, *out.stride()[:3], *do.stride()[:3], H, D, DP, 64, dlse is not None
+    )
+    same = n, n_keys, call.where.q_first, call.where.k_first, layer, call.scale * LOG2E, call.scale
+    work, wide = by_key, by_key.item.shape[1]
+    part = delta if not work.slots else q.new_empty(work.slots, B * K, 2, shape_k.keys, DP, dtype=torch.float32)
+    DK, DV = described(dk, shape_k.keys), described(dv, shape_k.keys)
+    dkv_kernel[(B * K * wide,)](
+        described(q, shape_k.queries), described(k, shape_k.keys), described(v, shape_k.keys), described(do, shape_k.queries), DK, DV,
+        part, lse, delta, *call.arrays(q, k, lse), work.who, work.item, work.lo, work.hi, work.slot, work.list,
+        B * K, wide, *same, **call.options(q, k, shape_k),
+    )  # fmt: skip
+    if work.slots:
+        m = work.cut.shape[2]
+        add_parts_kernel[(m, B * K)](part, work.who, *work.cut, DK, DV, m, K, DP, shape_k.keys, num_warps=8)
+    work, wide = by_query, by_query.item.shape[1]
+    dq_kernel[(B * H * wide,)](
+        described(q, shape_q.queries), described(k, shape_q.keys), described(v, shape_q.keys), described(do, shape_q.queries),
+        described(dq, shape_q.queries), lse, delta, lse if dtable is None else dtable, *call.arrays(q, k, lse),
+        work.who, work.item, work.lo, work.hi, work.list, B * H, wide, *same, **call.options(q, k, shape_q),
+    )  # fmt: skip
+    return dq, dk, dv, dtable
+
+
+def layer_of(rule):
+    """The layer's index, where a rule reads it."""
+    return getattr(rule.options, "layer", 0)
+
+
+# ---------------------------------------------------------------- for autograd and compilers: one node of a graph
+
+@torch.library.custom_op("nanolong::flash", mutates_args=())
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, rule: str, q_first: int, k_first: int, q_at: Maybe, k_at: Maybe, begin: Maybe,
+    always: int, opening: int, scale: float, slope: Maybe, table: Maybe,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return run_forward(q, k, v, Call(rule, Where(q_first, k_first, q_at, k_at, begin), always, opening, scale, slope, table))
+
+
+@flash.register_fake
+def _(q, k, v, *_):
+    return heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("nanolong::flash_backward", mutates_args=())
+def flash_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Maybe, rule: str, q_first: int, k_first: int, q_at: Maybe,
+    k_at: Maybe, begin: Maybe, always: int, opening: int, scale: float, slope: Maybe, table: Maybe,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    call = Call(rule, Where(q_first, k_first, q_at, k_at, begin), always, opening, scale, slope, table)
+    *grads, dtable = run_backward(q, k, v, out, lse, do, dlse, call)
+    return *grads, lse.new_empty(0) if dtable is None else dtable
+
+
+@flash_backward.register_fake
+def _(q, k, v, *rest):
+    table = rest[-1]
+    return heads_last(q), heads_last(k), heads_last(v), torch.empty_like(table) if table is not None else q.new_empty(0, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, rule, q_first, k_first, q_at, k_at, begin, always, opening, scale, slope, table = inputs
+    ctx.save_for_backward(q, k, v, *output, q_at, k_at, begin, slope, table)
+    ctx.rest = (rule, q_first, k_first), (always, opening, scale)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, dlse):
+    q, k, v, out, lse, q_at, k_at, begin, slope, table = ctx.saved_tensors
+    first, last = ctx.rest
+    do = torch.zeros_like(out) if do is None else do
+    *grads, dtable = flash_backward(q, k, v, out, lse, do, dlse, *first, q_at, k_at, begin, *last, slope, table)
+    return *grads, *[None] * 10, None if table is None else dtable
+
+
+flash.register_autograd(_backward, setup_context=_save)
+
+
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, bias=None, lse=False):
+    """See kernels.attend: the tensors on CUDA, their head width a multiple of 8 up to 256."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    known = q_at.first is not None and k_at.first is not None
+    where = (q_at.first, k_at.first, None, None) if known else (0, 0, q_at.at, k_at.at)
+    slope, table = (None, None) if bias is None else bias
+    y, sums = flash(q, k, v, named(rule), *where, begin, always, opening, scale, slope, table)
+    return (y, torch.where(sums > 1e29, -torch.inf, sums / LOG2E)) if lse else y
