@@ -305,7 +305,7 @@ def test_training_looks_ahead_and_use_does_not():
     assert leaks[SPEC, True] > 1e-2 > 1e-5 > max(leaks[SPEC, False], leaks[SPEC + ",assign=argmax", True])
 
 
-@pytest.mark.parametrize("engine", ["dense", "stock", "blocks"])
+@pytest.mark.parametrize("engine", ["stock", "blocks", *(["triton"] if kernels.TRITON else [])])
 @pytest.mark.parametrize("learning", [False, True], ids=["in use", "in training"])
 def test_every_engine_serves_it(engine, learning, use):
     memory, (q, k, v) = layer(SPEC), draw()
