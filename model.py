@@ -12,6 +12,7 @@ distance is felt (positions/) and what is kept of the past (memory/) are mechani
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -203,7 +204,7 @@ class Decoder(Module):
         rules, memories, schemes = (plugins.tile(*what, L, **heads) for what in chosen)
         distinct = list(dict.fromkeys((p.name, p.options) for p in schemes))
         self.embed_tokens = ops.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = ModuleList([Block(c, rule, build(m, "Memory", c)) for rule, m in zip(rules, memories)])
+        self.layers = ModuleList([Block(c, rule, remember(m, rule, c)) for rule, m in zip(rules, memories)])
         self.norm = ops.RMSNorm(c.hidden_size, c.rms_norm_eps)
         # one instance for all layers that feel distance alike
         self.positions = ModuleList([build(next(p for p in schemes if (p.name, p.options) == d), "Position", c) for d in distinct])
@@ -211,11 +212,13 @@ class Decoder(Module):
         self.run = ops.call  # how a block is called: compiled, or recomputed in the backward pass (ops.fast_call, ops.checkpoint)
 
     def patterns(self, training):
-        """Patterns made for training only (LongLoRA's s2) stand in training alone: in use, such a layer attends fully."""
+        """Patterns made for training only (LongLoRA's s2) stand in training alone: in use they are full attention. Memories are
+        told too: some learn from what they see in training."""
+        aside = lambda leaf: plugins.parse("attention", "full") if getattr(leaf.module, "TRAINING_ONLY", False) else leaf
         for block in self.layers:
             attn = block.self_attn
-            aside = not training and getattr(attn.asked.module, "TRAINING_ONLY", False)
-            attn.rule = plugins.parse("attention", "full") if aside else attn.asked
+            attn.rule = attn.asked if training else attn.asked.each(aside)
+            attn.memory.learning = training
 
     def forward(self, x, at, begin, close, states):
         """x [B, T, C] -> [B, T, C] and the layers' new states."""
@@ -277,6 +280,16 @@ class Llama(Module):
         pos = ops.where(live, count - 1 + (start if isinstance(start, int) else start[:, None]), -1)
         return pos[:, None], count[:, -1]
 
+    def observers(self):
+        """Where parameters are that no gradient moves: prefix of their names -> the memory that learns them from what it sees."""
+        layers = ((f"model.layers.{i}.self_attn.memory.", block.self_attn.memory) for i, block in enumerate(self.model.layers))
+        return {prefix: memory for prefix, memory in layers if memory.observes}
+
+    def learn(self, seen):
+        """Let the observers learn. seen: of each the array that it left in its layer's state, summed over the rows of a step."""
+        for memory, x in zip(self.observers().values(), seen):
+            memory.learn(x)
+
     def still(self, state):
         """The same state with static shapes and no number that only the host knows: for a step that is one graph."""
         layers = [block.self_attn.memory.still(s) for block, s in zip(self.model.layers, state["layers"])]
@@ -290,12 +303,47 @@ class Llama(Module):
         return {"next": ops.host(n) if len(n.shape) == 0 else n, "layers": layers}
 
     def init(self, seed=0, std=0.02):
-        """Random weights, the same on every backend: normal of width std, norms 1, biases 0."""
-        draw, dtype = np.random.default_rng(seed), ops.float32
-        for name, p in ops.parameters(self).items():
-            value = np.ones(p.shape) if "norm" in name else draw.normal(size=p.shape) * std if p.ndim > 1 else np.zeros(p.shape)
-            ops.set_parameters(self, {name: ops.array(value.astype("float32"), dtype)})
+        """Random weights, the same on every backend: normal of width std, norms 1, biases 0. Mechanisms' own begin as they say."""
+        draw = np.random.default_rng(seed)
+        # those last: they may be copies, and the others are the same whatever the mechanisms add
+        self.fill(sorted(ops.parameters(self), key=own), draw, std)
         return self
+
+    def fill(self, names, draw, std=0.02):
+        """Give the parameters of these names the values that they begin with."""
+        shapes = {name: p.shape for name, p in ops.parameters(self).items()}
+        for name in names:
+            said = None
+            if own(name):
+                attn, leaf = self.model.layers[int(name.split(".")[2])].self_attn, name.partition(".memory.")[2]
+                said = attn.memory.initial(attn, leaf)
+            if said is None:
+                shape = shapes[name]
+                value = np.ones(shape) if "norm" in name else draw.normal(size=shape) * std if len(shape) > 1 else np.zeros(shape)
+                said = ops.array(value.astype("float32"))
+            ops.set_parameters(self, {name: said})
+
+
+def own(name):
+    """Is this parameter a mechanism's own, which other libraries do not know?"""
+    return ".memory." in name
+
+
+def remember(memory, rule, c):
+    """The layer's memory; worked by its attention pattern where that is more than a rule of positions: then its class Pattern
+    overrides what it needs of Memory, and is given the Plugin."""
+    pattern = plugins.pattern(rule)
+    if pattern is None:
+        return build(memory, "Memory", c)
+    if memory.name not in getattr(pattern, "memories", [memory.name]):
+        raise Refused(f"--attn {rule} does not work with --memory {memory}: take --memory {' or '.join(pattern.memories)}")
+    return worked(pattern, memory.module.Memory)(c, memory.options, rule)
+
+
+@functools.cache
+def worked(pattern, memory):
+    # one class for all layers, so that a compiled step serves them all
+    return type("Memory", (pattern, memory), {})
 
 
 def build(plugin, kind, c):
@@ -331,9 +379,10 @@ def load(folder, attn=None, pos=None, memory=None, adapter=None, dtype=None, dev
                 raise Refused(f"{path}: {name} has shape {list(a.shape)}, but config.json makes it {list(wanted[name].shape)}")
         ops.set_parameters(model, arrays)
         wanted = {n: p for n, p in wanted.items() if n not in arrays}
-    missing = [n for n in wanted if ".memory." not in n]
+    missing = [n for n in wanted if not own(n)]
     if missing:
         raise Refused(f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} for one: is the download complete?")
+    model.fill(wanted, np.random.default_rng(0))
     chosen.module.apply(model, chosen.options)
     model.model.patterns(training=False)
     return model, tokenizers.load(folder)
@@ -397,7 +446,7 @@ def save(model, folder, source=None):
 def write(model, folder, source=None):
     """The files of a checkpoint into a folder that exists."""
     arrays = ops.parameters(model)
-    mine = {n: a for n, a in arrays.items() if ".memory." in n}
+    mine = {n: a for n, a in arrays.items() if own(n)}
     ops.write_safetensors(folder / "model.safetensors", {n: a for n, a in arrays.items() if n not in mine})
     if mine:
         ops.write_safetensors(folder / "nanolong.safetensors", mine)

@@ -2,6 +2,7 @@
 
     name:key=value,key=value          one mechanism with options
     a/b:key=value/b                   a pattern, tiled over the layers
+    a:key=value|b&c                   attention patterns joined: or, and; & binds tighter (in a shell, put it in quotes)
 
 A mechanism's file may hold a plain `class Options` of annotated defaults; here it becomes a frozen dataclass, and it is
 all that the parser needs, so a new option or a new file needs no other edit. Four fields are filled in by the model when
@@ -18,10 +19,15 @@ from errors import Refused
 ROOT = Path(__file__).parent
 FOLDERS = {"attention": "--attn", "positions": "--pos", "memory": "--memory", "adapters": "--adapter"}
 FILLED_IN = ("layer", "n_layer", "n_head", "n_kv_head")
+# the modules of joined patterns; the loosest operator first
+JOINED = {"|": "_either", "&": "_both"}
 
 
 class Plugin(NamedTuple):
-    """One mechanism as asked for: its name, its module, and its options (an instance of the module's Options)."""
+    """One mechanism as asked for: its name, its module, and its options (an instance of the module's Options).
+
+    Joined patterns are a Plugin too: its module.OPERATOR is "|" or "&", and options.parts are its Plugins, in order.
+    """
 
     name: str
     module: Any
@@ -29,12 +35,24 @@ class Plugin(NamedTuple):
 
     def __str__(self):
         """The canonical spelling: only the options that differ from their defaults."""
+        if parts := getattr(self.options, "parts", None):
+            return self.module.OPERATOR.join(map(str, parts))
         given = [
             f"{f.name}={spell(getattr(self.options, f.name))}"
             for f in dataclasses.fields(self.options)
             if f.name not in FILLED_IN and getattr(self.options, f.name) != f.default
         ]
         return self.name + (":" + ",".join(given) if given else "")
+
+    def leaves(self):
+        """The mechanisms that this one is joined of; itself alone if it is not joined."""
+        parts = getattr(self.options, "parts", None)
+        return [self] if parts is None else [leaf for part in parts for leaf in part.leaves()]
+
+    def each(self, change):
+        """The same with change(leaf) in the place of every leaf."""
+        parts = getattr(self.options, "parts", None)
+        return change(self) if parts is None else join(self.module.OPERATOR, [part.each(change) for part in parts])
 
 
 def spell(value):
@@ -58,6 +76,9 @@ def load(folder, name):
 
 def parse(folder, spec):
     """`name:key=value,...` -> Plugin. Raises Refused, naming the valid choices."""
+    for operator in JOINED if folder == "attention" else ():
+        if operator in spec:
+            return join(operator, [parse(folder, part) for part in spec.split(operator)])
     flag = FOLDERS[folder]
     name, _, rest = spec.strip().partition(":")
     if name not in names(folder):
@@ -81,6 +102,25 @@ def parse(folder, spec):
     except ValueError as no:
         raise Refused(f"{flag} {name}: {no}") from None
     return Plugin(name, module, options)
+
+
+def join(operator, parts):
+    """Patterns joined by "|" or "&" -> the Plugin of what any of them sees, or what all of them see."""
+    for part in parts:
+        if pattern(part) or not all(hasattr(leaf.module, "allowed") for leaf in part.leaves()):
+            raise Refused(f"--attn {part} is more than a rule of positions and cannot be joined by {operator}: give it layers of its own")
+    module = load("attention", JOINED[operator])
+    return Plugin(operator.join(part.name for part in parts), module, module.Options(tuple(parts)))
+
+
+def pattern(rule):
+    """The class that works a layer's memory for an attention pattern that is more than a rule of positions, else None.
+
+    It is the file's own class Pattern, or that of another file which an option asks for: PATTERN = (option, file).
+    """
+    option, file = getattr(rule.module, "PATTERN", (None, None))
+    wanted = load("attention", file) if option and getattr(rule.options, option) else rule.module
+    return getattr(wanted, "Pattern", None)
 
 
 def convert(flag, name, field, text):
@@ -112,6 +152,10 @@ def tile(folder, spec, n_layer, **heads):
 
 
 def place(plugin, **here):
-    """The mechanism where it stands: of FILLED_IN what it declares."""
-    declared = {f.name for f in dataclasses.fields(plugin.options)} & here.keys()
-    return plugin._replace(options=dataclasses.replace(plugin.options, **{k: here[k] for k in declared}))
+    """The mechanism where it stands: of FILLED_IN what it declares, or what each part of a joined one declares."""
+
+    def placed(leaf):
+        declared = {f.name for f in dataclasses.fields(leaf.options)} & here.keys()
+        return leaf._replace(options=dataclasses.replace(leaf.options, **{k: here[k] for k in declared}))
+
+    return plugin.each(placed)

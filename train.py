@@ -161,9 +161,11 @@ def build(a, config, source, fresh):
     if tokenizer.vocab_size > config.vocab_size:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} tokens, but the config's vocab_size is {config.vocab_size}")
     model.dtype, model.model.run = llama.as_dtype(a.dtype), ops.checkpoint if a.checkpoint else ops.call
-    frozen = {n: p for n, p in ops.parameters(model).items() if not adapter.module.trains(n, adapter.options)}
+    named, observers = ops.parameters(model), tuple(model.observers())
+    observed = {n for n in named if n.startswith(observers)}
+    frozen = {n: p for n, p in named.items() if n not in observed and not adapter.module.trains(n, adapter.options)}
     ops.set_parameters(model, {n: ops.cast(p, model.dtype) for n, p in frozen.items()})
-    ops.freeze(model, set(frozen))
+    ops.freeze(model, frozen.keys() | observed)
     model.model.patterns(training=True)
     # read now: a checkpoint that is read lazily may be pruned before its first use
     ops.wait(ops.parameters(model))
@@ -186,19 +188,33 @@ def nats(model, batch):
     return ops.cross_entropy(logits, ops.array(batch.targets)).sum()
 
 
+def loss_and_seen(model, batch, total):
+    """(the batch's share of the loss over `total` tokens, what each of the model's observers saw...)"""
+    seen = []
+
+    def watched(tokens, begin):
+        logits, state = model(tokens, model.start(), begin=begin, close=False)
+        seen.extend(s["seen"] for s in state["layers"] if "seen" in s)
+        return logits
+
+    return nats(watched, batch) / total, *seen
+
+
 def train_step(model, optimizer, batch, micro, clip, lr):
     """One step over the rows of a batch, `micro` at a time. Returns (loss in nats a token, gradient norm before clipping, target
     tokens). Where loss or norm is not finite nothing has changed."""
     # of the whole step: a mean of means would weigh a token by how its part was filled
     total = max(1, int((batch.targets >= 0).sum()))
-    losses, grads = [], {}
+    parts, grads = [], {}
     for i in range(0, len(batch.tokens), micro):
         part = data.Batch(*(x[i : i + micro] for x in batch))
-        loss, grads = ops.accumulate(model, lambda part=part: nats(model, part) / total, grads)
-        losses.append(loss)
+        out, grads = ops.accumulate(model, lambda part=part: loss_and_seen(model, part, total), grads)
+        parts.append(out)
+    losses, *seen = zip(*parts)
     norm, loss = ops.global_norm(grads).item(), sum(x.item() for x in losses)
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step(ops.scaled(grads, clip / norm) if norm > clip else grads, lr)
+        model.learn(sum(x) for x in seen)
     return loss, norm, total
 
 

@@ -1,6 +1,7 @@
 """Draw a pattern: python -m attention longformer:window=512,n_global=16 --length 4096
 
-In the terminal, and with --out as a PNG (needs matplotlib). With --all, every pattern of this folder in one picture.
+In the terminal, and with --out as a PNG (needs matplotlib). With --all, every pattern of positions in this folder in one picture;
+what routing sees depends on the text, so it has none. Joined patterns stand in quotes: "window:window=64|strided:stride=32"
 """
 
 import argparse
@@ -30,6 +31,8 @@ SHOWN = {
     "bigbird": "bigbird:block=12,window=2,n_global=1,n_random=2",
     "s2": "s2:group=64",
     "duo": "duo:window=32,sinks=8",
+    # two of them joined
+    "strided|local": "strided:window=1,stride=24|local:block=48",
 }
 
 
@@ -182,7 +185,7 @@ def one(path, rule, found, length, head):
 def gallery(path, length):
     """All patterns, token by token, for the first and the last of four heads."""
     plt = pyplot()
-    names = sorted(rules(), key=lambda n: (list(SHOWN).index(n) if n in SHOWN else len(SHOWN), n))
+    names = [*SHOWN, *(name for name in rules() if name not in SHOWN)]
     columns = min(5, len(names))
     figure, axes = plt.subplots(
         math.ceil(len(names) / columns), columns, figsize=(2 * columns, 0.3 + 2.25 * math.ceil(len(names) / columns)), dpi=144

@@ -119,6 +119,11 @@ def cumsum(x, axis):
     return mx.cumsum(x, axis)
 
 
+def running_max(x, axis):
+    """The largest entry so far."""
+    return mx.cummax(x, axis=axis)
+
+
 def amax(x, axis):
     return x.max(axis, keepdims=True)
 

@@ -131,6 +131,11 @@ def cumsum(x, axis):
     return torch.cumsum(x, axis)
 
 
+def running_max(x, axis):
+    """The largest entry so far."""
+    return x.cummax(axis)[0]
+
+
 def amax(x, axis):
     return x.amax(axis, keepdim=True)
 
@@ -345,7 +350,8 @@ def set_parameters(model, new):
     """Put arrays in the place of parameters, by name."""
     for name, x in new.items():
         path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, nn.Parameter(x))
+        module = model.get_submodule(path)
+        setattr(module, leaf, nn.Parameter(x, getattr(module, leaf).requires_grad))
 
 
 def freeze(model, names):

@@ -132,18 +132,24 @@ def summary(at, block, begin=None):
 
 def find(rule, qs, ks, block, exempt, head):
     """The layout of blocks that are known by their summaries' pyramids."""
-    links = getattr(rule.module, "LINKS", None)
-    targets = linked(rule, qs[0], ks, head) if links else None
-    # random links would make every block possible: leave them out of the search and add the blocks that they lead to
-    searched = rule if targets is None else rule._replace(options=dataclasses.replace(rule.options, **{links[1]: 0}))
-    full, partial = search(searched, qs, ks, block[1], exempt, head)
-    if targets is not None:
-        partial = np.setdiff1d(np.union1d(partial, targets), full, assume_unique=True)
+    links = [linked(leaf, qs[0], ks, head) for leaf in rule.leaves() if hasattr(leaf.module, "LINKS")]
+    listed = bool(links) and all(x is not None for x in links)
+    # random links would make every block possible: leave them out of the search and add the blocks that they lead to. Joined
+    # patterns have no "not": what they see without links they see with them
+    full, partial = search(rule.each(unlinked) if listed else rule, qs, ks, block[1], exempt, head)
+    if listed:
+        partial = np.setdiff1d(np.union1d(partial, np.unique(np.concatenate(links))), full, assume_unique=True)
         i, j = partial >> 32, partial & (1 << 32) - 1
         t = judge(rule, qs[0][:, i], ks[0][:, j], j, block[1], exempt, head)
         full, partial = np.concatenate([full, partial[t.must]]), partial[t.may & ~t.must]
     pairs = np.sort(np.concatenate([partial, full | 1 << 31]))
     return Layout(pairs, (qs[0].shape[1], ks[0].shape[1]), block)
+
+
+def unlinked(rule):
+    """The rule without its random links."""
+    links = getattr(rule.module, "LINKS", None)
+    return rule._replace(options=dataclasses.replace(rule.options, **{links[1]: 0})) if links else rule
 
 
 def pyramid(x):

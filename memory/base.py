@@ -22,6 +22,8 @@ class Memory(Module):
     opening = 0  # and so are the first so many tokens of each document
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds
+    observes = False  # are some parameters learned from what is seen in training, not by gradients? Then see learn()
+    learning = False  # does the model train?
 
     def __init__(self, c, o):
         super().__init__()
@@ -55,15 +57,23 @@ class Memory(Module):
         new["pos"] = ops.expand(seg.at.at, (B, heads, T))
         consecutive = isinstance(n, int) and (n == 0 or (s["first"] is not None and seg.at.first == s["first"] + n))
         first = (s["first"] if n else seg.at.first) if consecutive else None
-        if "pos" not in s and s["capacity"] > T:
-            s = {**s, **{f: blank(f, a, s["capacity"]) for f, a in new.items()}}
-        if "pos" not in s:
-            kept = new
-        elif not isinstance(n, int) or n + T <= s["pos"].shape[2]:
-            kept = {f: ops.put(s[f], a, n) for f, a in new.items()}
-        else:
-            kept = {f: ops.cat([s[f][:, :, :n], a], 2) for f, a in new.items()}
-        return {**s, **kept, "n": ops.advance(n, T), "first": first}
+        return {**self.put(s, new, n), "n": ops.advance(n, T), "first": first}
+
+    def put(self, s, new, n):
+        """The state with fields of T more tokens, [B, K, T, ...], behind n slots in use: in place where there is room, else by
+        concatenation."""
+        s = {**s}
+        for f, a in new.items():
+            T = a.shape[2]
+            if f not in s and s["capacity"] > T:
+                s[f] = blank(f, a, s["capacity"])
+            if f not in s:
+                s[f] = a
+            elif not isinstance(n, int) or n + T <= s[f].shape[2]:
+                s[f] = ops.put(s[f], a, n)
+            else:
+                s[f] = ops.cat([s[f][:, :, :n], a], 2)
+        return s
 
     def attend(self, attn, q, seg, s):
         """Past and present are one array of slots. q [B, H, T, D], not yet turned -> [B, H, T, D], state."""
@@ -95,6 +105,14 @@ class Memory(Module):
         """The same state for a static graph: every slot allocated, and counters that the graph can hold."""
         return {**self.make_room(s), "n": ops.scalar(s["n"]), "first": None}
 
+    # parameters of a memory's own
+
+    def initial(self, attn, name):
+        """The array that the parameter of this name begins with; None: random, as any other."""
+
+    def learn(self, seen):
+        """Where `observes`: learn from what a step has seen, the sum over its rows of what `attend` left in the state as "seen"."""
+
     # helpers
 
     def used(self, s):
@@ -110,4 +128,4 @@ class Memory(Module):
 
 def blank(field, like, n):
     """n empty slots for a field, shaped and typed like an array of it."""
-    return ops.full((*like.shape[:2], n, *like.shape[3:]), -1 if field in ("pos", "born") else 0, like.dtype, like)
+    return ops.full((*like.shape[:2], n, *like.shape[3:]), -1 if field in ("pos", "born", "cluster") else 0, like.dtype, like)

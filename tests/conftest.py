@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ from model import Config, Llama
 
 ROOT = Path(__file__).parent.parent
 TINY = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+# the attention patterns that are rules of positions, and some that are joined of them: with heads, layers and random links
+RULES = [name for name in plugins.names("attention") if hasattr(plugins.load("attention", name), "allowed")]
+JOINED = ["window|strided", "duo&bigbird|local"]
 # options small enough to matter on a text of 24 tokens; an integer option that is not named here shrinks to its bit length
 SMALL = {"window": 5, "n_global": 2, "block": 6, "budget": 10, "sinks": 2, "original": 16}
 # longrope's lists come from the config alone; the length of TINY's is beyond the original
@@ -36,11 +40,20 @@ def has(*modules):
 
 
 def small(folder, name):
-    """The spelling of a mechanism with options for tiny tests."""
+    """The spelling of a mechanism with options for tiny tests, of joined patterns too."""
+    return "".join(part if part in "|&" else _small(folder, part) for part in re.split("([|&])", name))
+
+
+def _small(folder, name):
     fields = [f for f in dataclasses.fields(plugins.load(folder, name).Options) if f.name not in plugins.FILLED_IN]
     size = lambda f: SMALL.get(f.name, f.default if f.default <= 4 else f.default.bit_length())
     spec = name + ":" + ",".join(f"{f.name}={size(f)}" for f in fields if type(f.default) is int)
     return str(plugins.parse(folder, spec))
+
+
+def named(spec):
+    """The mechanisms' names alone, as a test's id."""
+    return re.sub(":[^|&/]*", "", spec)
 
 
 @functools.cache

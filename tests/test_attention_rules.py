@@ -7,14 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import JOINED, RULES
 
 import plugins
 from errors import Refused
 from kernels.layout import layout
 from kernels.spans import FAR, Span, Truth
 
-RULES = [name for name in plugins.names("attention") if hasattr(plugins.load("attention", name), "allowed")]
-every_rule = pytest.mark.parametrize("name", RULES)
+every_rule = pytest.mark.parametrize("name", RULES + JOINED)
 PICTURES = {
     ("bigbird:block=2,window=1,n_global=1,n_random=0", 0): "x..... xx.... xxx... xxxx.. xx..x. xx..xx",
     ("bigbird:block=1,window=2,n_global=0,n_random=0", 0): "x..... xx.... .xx... ..xx.. ...xx. ....xx",
@@ -81,10 +81,10 @@ def test_a_block_of_one_pair_is_decided(name):
         np.testing.assert_array_equal(t.may, want)
 
 
-@every_rule
+@pytest.mark.parametrize("name", RULES)
 def test_options_are_checked(name):
     for f in dataclasses.fields(plugins.load("attention", name).Options):
-        if f.name not in plugins.FILLED_IN:
+        if f.name not in plugins.FILLED_IN and type(f.default) is int:
             with pytest.raises(Refused, match=f"{name}: .*{f.name}=-1"):
                 plugins.parse("attention", f"{name}:{f.name}=-1")
 
@@ -250,6 +250,12 @@ def test_a_drawing_in_the_terminal(capsys):
     assert "work     71.43%" in out and "1.4 times less" in out
 
 
+def test_a_joined_pattern_is_drawn(capsys):
+    spec = "window:window=9|strided:window=1,stride=11"
+    out, see = drawn(capsys, spec, "--length", 64, "--block", 4), seen(parse(spec), 64)
+    assert f"{spec}, 64 tokens" in out and f"density  {see.sum() / (64 * 65 / 2):.2%}" in out
+
+
 def test_a_drawing_counts_what_the_layout_holds(capsys):
     out = drawn(capsys, "longformer:window=512,n_global=16", "--length", "4k")
     found = layout(parse("longformer:window=512,n_global=16"), (0, 4096), (0, 4096), 64)
@@ -277,6 +283,7 @@ def test_long_patterns_fit_the_terminal(capsys):
         (["window", "--all"], "name one pattern"),
         (["--all"], "say where with --out"),
         (["nonsense"], "choose one of"),
+        (["routing"], "not a pattern of positions"),
         (["window:width=3"], "has no option 'width'"),
         (["window", "--length", "0"], "cannot be drawn"),
         (["window", "--length", "1m"], "cannot be drawn"),

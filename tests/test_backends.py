@@ -16,6 +16,8 @@ BOTH = pytest.mark.skipif(not has("torch", "mlx"), reason="needs both PyTorch an
 COMBINATIONS = {
     "plain": {},
     "longformer, llama3, tied": {"attn": "longformer:window=5,n_global=2", "pos": "llama3:original=16", "tie_word_embeddings": True},
+    "joined, routing": {"attn": "window:window=5|strided:window=1,stride=6/routing:clusters=3,window=5"},
+    "own projections": {"attn": "longformer:window=5,n_global=4,own_projections=true"},
     "mixed, sinks, biases": {"attn": "full/window:window=6", "pos": "pi", "memory": "sinks:budget=10,sinks=2", "attention_bias": True},
 }
 # logits, loss and gradients of a text in three segments, then 20 steps of AdamW on other texts

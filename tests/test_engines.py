@@ -4,20 +4,21 @@ import functools
 
 import numpy as np
 import pytest
-from conftest import apart, gradients, loss_and_gradients, places, small, text, tiny
+from conftest import JOINED, apart, gradients, loss_and_gradients, named, places, small, text, tiny
+from conftest import RULES as ALONE
 
 import kernels
 import ops
 import plugins
 
 ENGINES = ["stock", "auto", "blocks", *(["triton"] if kernels.TRITON else [])]
-RULES = [small("attention", n) for n in plugins.names("attention") if hasattr(plugins.load("attention", n), "allowed")]
+RULES = [small("attention", n) for n in ALONE + JOINED]
 # rows, query heads, key heads, queries, keys, head width
 SHAPES = [(1, 4, 4, 1, 1, 8), (2, 4, 2, 17, 17, 8), (3, 6, 1, 1, 33, 16), (2, 4, 4, 37, 61, 20), (1, 2, 2, 128, 131, 32)]
 # in units of the spread: the largest error in float32; in bfloat16, where an engine may round scores to 8 bits, the mean one
 EPS = {"float32": 2e-5, "bfloat16": 1e-2}
 
-every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda s: s.partition(":")[0])
+every_rule = pytest.mark.parametrize("rule", RULES, ids=named)
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 

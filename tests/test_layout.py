@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import JOINED, RULES
 
 import kernels
 import plugins
@@ -13,11 +14,10 @@ from kernels import layout as module
 from kernels.layout import Layout, layout, layouts
 from kernels.spans import FAR, Span, Truth, behaviours, is_causal, reach
 
-RULES = [name for name in plugins.names("attention") if hasattr(plugins.load("attention", name), "allowed")]
 # rules whose blocks are known exactly, each being one condition besides causality; in the others, partial blocks may be loose
 EXACT = {"full", "window", "local", "s2"}
 HEADS = 4
-every_rule = pytest.mark.parametrize("name", RULES)
+every_rule = pytest.mark.parametrize("name", [*RULES, *JOINED, "bigbird&strided|local"])
 
 
 def parse(spec):
@@ -25,9 +25,12 @@ def parse(spec):
 
 
 def drawn(name, draw):
-    """The rule with random options that its check accepts."""
+    """The rule with random options that its check accepts; joined ones too."""
+    for operator in "|&":
+        if operator in name:
+            return parse(operator.join(str(drawn(part, draw)) for part in name.split(operator)))
     blank = plugins.load("attention", name).Options()
-    fields = [f.name for f in dataclasses.fields(blank) if f.name not in plugins.FILLED_IN]
+    fields = [f.name for f in dataclasses.fields(blank) if f.name not in plugins.FILLED_IN and type(f.default) is int]
     while True:
         high = draw.choice([3, 40, 200])
         spec = name + ":" + ",".join(f"{f}={draw.integers(0, 4 if f in ('n_random', 'heads') else high)}" for f in fields)
@@ -141,6 +144,28 @@ def test_random_links_are_all_listed(start):
         # one document; several in a row; two that take turns
         begin = (None, start + np.arange(n) // 90 * 90, start + np.minimum(np.arange(n) % 2 * 61, np.arange(n)))[i % 3]
         compare(rule, at, keys, block, begin, head=i % HEADS)
+
+
+def test_links_of_joined_patterns_are_all_listed():
+    """Links that another pattern cuts short or stands beside; two patterns with links of different lengths."""
+    draw, bare = np.random.default_rng(0), "window=1,n_global=0,n_random"
+    for i in range(30):
+        n, a, b = int(draw.integers(100, 400)), *draw.choice([1, 5, 16, 37], 2)
+        other = (f"window:window={n // 2}", f"bigbird:block={b},{bare}=3,seed=9", "strided:window=1,stride=2")[i % 3]
+        rule = parse(f"bigbird:block={a},{bare}=2,seed={i}{'|&'[i // 3 % 2]}{other}")
+        compare(rule, (0, n), (0, n), tuple(int(x) for x in draw.choice([8, 16, 64], 2)), head=i % HEADS)
+
+
+def test_joined_links_do_not_make_every_block_possible():
+    """As many blocks as the parts have, near enough; at a million tokens in as little time."""
+    n = 1 << 14
+    count = lambda spec: len(layout(parse(spec), (0, n), (0, n), 64).pairs)
+    links, beside, within = "bigbird:window=1,n_global=0", count("bigbird|window:window=300"), count("bigbird&window:window=9000")
+    assert beside <= count("bigbird") + count("window:window=300") and within <= count("bigbird")
+    assert count(f"{links}&window:window=64") < 3 * n / 64
+    start = time.perf_counter()
+    layout(parse("bigbird|strided:window=64,stride=65536"), (0, 1 << 20), (0, 1 << 20))
+    assert time.perf_counter() - start < 3
 
 
 @pytest.mark.parametrize("start", [0, 2**20], ids=["near 0", "near 2^20"])

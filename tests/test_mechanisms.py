@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
-from conftest import apart, influence, run, small, text, tiny, whole
+from conftest import JOINED, apart, influence, named, run, small, text, tiny, whole
 
 import ops
 import plugins
 
 T = 24
 ATTN, POS, MEMORY = ([small(folder, name) for name in plugins.names(folder)] for folder in ("attention", "positions", "memory"))
+# joined patterns, and a pattern with weights of its own, like the base's when they begin: test_own_projections.py moves them
+ATTN += [*(small("attention", joined) for joined in JOINED), "longformer:window=5,n_global=4,own_projections=true"]
 GENEROUS = plugins.names("memory")  # by default a memory holds far more than these texts
 # these sum up the past when a segment closes instead of keeping its tokens, so they never equal full attention
 FOLDS = {"compressive", "infini", "melodi", "quantised", "state", "tokens"}
@@ -21,7 +23,8 @@ PIECES = {"ones": [[1] * 8] * 3, "odd": [[3, 5], [7, 1], [1, 2, 5]]}
 DOCUMENTS = [0, 3, 8, 12]
 
 name = lambda spec: spec.partition(":")[0]
-every = lambda what, specs, **how: pytest.mark.parametrize(what, specs, ids=how.get("ids", name))
+ident = lambda x: named(x) if isinstance(x, str) else None
+every = lambda what, specs, **how: pytest.mark.parametrize(what, specs, ids=how.get("ids", ident))
 
 
 def exempts(attn, memory):

@@ -4,13 +4,12 @@ import ast
 
 import numpy as np
 import pytest
-from conftest import places, small
+from conftest import JOINED, RULES, places, small
 
 import ops
 import plugins
 from kernels import Places, dense
 
-RULES = [n for n in plugins.names("attention") if hasattr(plugins.load("attention", n), "allowed")]
 PICTURES = {
     "full": "x..... xx.... xxx... xxxx.. xxxxx. xxxxxx",
     "window:window=1": "x..... .x.... ..x... ...x.. ....x. .....x",
@@ -38,7 +37,7 @@ def test_a_rule_is_its_picture(spec):
 
 
 @pytest.mark.parametrize("start", [0, 2**20 - 19, 2**22 - 40], ids=["near 0", "near 2^20", "near 2^22"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", RULES + JOINED)
 def test_numpy_and_the_mask_agree(name, start):
     """Scattered keys, some before and some after the queries, an empty slot and a padding query; int32 never overflows."""
     spec, draw = small("attention", name), np.random.default_rng(0)
@@ -54,7 +53,7 @@ def test_numpy_and_the_mask_agree(name, start):
     assert not mask[..., :17, 45].any() and mask[..., 17, :].all()
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", RULES + JOINED)
 def test_documents_empty_slots_and_exempt_slots(name):
     """The mask against one loop over queries and keys, with everything that visible() takes."""
     spec = small("attention", name)
@@ -70,7 +69,7 @@ def test_documents_empty_slots_and_exempt_slots(name):
         assert see[b, h, i, j] == bool(first <= key <= at and allowed), (b, h, i, j)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [*RULES, "_either", "_both", "_others"])
 def test_a_rule_imports_nothing(name):
     tree = ast.parse((plugins.ROOT / "attention" / f"{name}.py").read_text())
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]

@@ -325,6 +325,25 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(world, tmp_path, m
     assert metrics(tmp_path / "run", "loss", "valid_loss") == metrics(tmp_path / "other", "loss", "valid_loss")
 
 
+@pytest.mark.parametrize("attn", ["routing:clusters=3,window=9", "longformer:window=9,n_global=4,own_projections=true"])
+def test_what_a_mechanism_learns_survives_a_stop(attn, world, tmp_path, monkeypatch):
+    """Centroids that no gradient moves, and weights that a mechanism adds: trained, saved, and resumed to the bit."""
+    real, out, steps = train.train_step, tmp_path / "run", []
+    how = {"steps": 6, "save-every": 3, "attn": attn, "dtype": "float32"}
+    assert train.main(args(world, tmp_path / "whole", **how)) == 0
+    monkeypatch.setattr(train, "train_step", lambda *a: steps.append(1) or (real(*a) if len(steps) < 5 else 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        train.main(args(world, out, **how))
+    monkeypatch.setattr(train, "train_step", real)
+    assert train.main(["--resume", str(out)]) == 0
+    assert metrics(out, "loss", "valid_loss") == metrics(tmp_path / "whole", "loss", "valid_loss")
+    files = [[(folder / f"step-00000{i}" / "nanolong.safetensors").read_bytes() for i in (3, 6)] for folder in (out, tmp_path / "whole")]
+    assert files[0] == files[1] and files[0][0] != files[0][1]
+    losses = [x for *_, x in metrics(out, "loss")]
+    assert losses[-1] < losses[0] - 0.5
+    assert not any("centroids" in n for n in ops.read_safetensors(out / "step-000006" / "optimizer.safetensors"))
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(world, tmp_path, monkeypatch, capsys):
     real, out, steps = train.nats, tmp_path / "run", []
 
