@@ -47,7 +47,7 @@ def written(rule, prefix, lines, made):
     parts = getattr(rule.options, "parts", None)
     if parts is None:
         return folded(rule.module.allowed, rule, prefix, lines, made)
-    names = [written(part, f"{prefix}{i}_", lines, made) for i, part in enumerate(parts)]
+    names = [written(part, f"{prefix}p{i}_", lines, made) for i, part in enumerate(parts)]
     joined = f" {rule.module.OPERATOR} ".join(f"{n}(q, k, h, layer)" for n in names)
     lines.append(f"def {prefix}both(q, k, h, layer):\n    return {joined}")
     made[f"{prefix}both"] = None
