@@ -36,7 +36,14 @@ CASES = {
     "heads": [(L1, n, H, K, D) for n in (8, 32, 128) for H, K, D in ((16, 16, 64), (32, 8, 64), (32, 8, 128), (9, 3, 64), (9, 3, 128))],
     "patterns": [
         (spec, 32, 16, 16, 128)
-        for spec in ("window:window=1024", "local:block=1024", "dilated:window=512,dilation=4", "s2:group=2048", "duo:full=25,window=1024", "strided")
+        for spec in (
+            "window:window=1024",
+            "local:block=1024",
+            "dilated:window=512,dilation=4",
+            "s2:group=2048",
+            "duo:full=25,window=1024",
+            "strided",
+        )
     ],
     "rest": [("full", 32, 32, 8, 128), ("full", 32, 9, 3, 64), ("full", 8, 9, 3, 64), (L4, 512, 16, 16, 128)],
 }
@@ -324,7 +331,16 @@ def line(row):
     pair = lambda r, suffix="tflops": f"{r[f'forward_{suffix}']} / {r[f'backward_{suffix}']}" if f"forward_{suffix}" in r else "-"
     ratio = f"{row['forward_times_flex']:.2f}x / {row['backward_times_flex']:.2f}x" if "forward_times_flex" in row else "-"
     stock = " ".join(f"{name} {pair(row[name])}" for name in ("cudnn", "flash2") if name in row)
-    cells = row["pattern"], f"{tokens}K", f"{row['heads']} x {row['width']}", pair(mine), pair(peer), ratio, pair(mine, "efficiency"), stock or "-"
+    cells = (
+        row["pattern"],
+        f"{tokens}K",
+        f"{row['heads']} x {row['width']}",
+        pair(mine),
+        pair(peer),
+        ratio,
+        pair(mine, "efficiency"),
+        stock or "-",
+    )
     return "| " + " | ".join(cells) + f" | {max(mine['error']):.1e} |"
 
 
@@ -345,7 +361,9 @@ def plot(rows, path):
                 mine = [r for r in rows if r["pattern"] == spec and (r["heads"], r["width"]) == ("16/16", 128)]
                 at = sorted((r["tokens"], r[peer][f"{way}_ms"]) for r in mine if f"{way}_ms" in r.get(peer, {}))
                 if at:
-                    ax.plot(*zip(*at), style, color=shade, label=f"{peer}, {'causal' if spec == 'full' else 'window 1024 + 64 global'}", ms=4)
+                    ax.plot(
+                        *zip(*at), style, color=shade, label=f"{peer}, {'causal' if spec == 'full' else 'window 1024 + 64 global'}", ms=4
+                    )
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xticks([8192 << i for i in range(7)], [f"{8 << i}K" for i in range(7)])

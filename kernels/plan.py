@@ -9,12 +9,14 @@ Global tokens make a few blocks of keys whose lists are as long as the text. The
 float32 sums that one more kernel adds in order: else all other programs wait for theirs.
 """
 
+import heapq
 from typing import Any, NamedTuple
 
 import numpy as np
 
 BLOCKS = 25  # bits of a block's number
-PROGRAMS = 264  # that run at once on a large GPU: what a fair share of the work is
+SHARES = 132 * 16  # into so many the work is cut: some for each multiprocessor of a large GPU
+MANY = 64  # pieces of work for each program of a fair share: above, sharing out costs more than it gives
 LEAST = 32  # entries below which a part is not worth its own program
 
 
@@ -32,9 +34,6 @@ class Work(NamedTuple):
     cut: Any
     slots: int
 
-    def to(self, put):
-        return Work(*(put(x) if isinstance(x, np.ndarray) else x for x in self))
-
 
 def by_query(found):
     """Work for blocks of queries. found [B][H]: Layout."""
@@ -49,7 +48,7 @@ def by_key(found, key_heads):
     pieces = []
     for group in classes:
         block, code = together(group)
-        share = max(LEAST, len(code) * len(groups) // PROGRAMS // 2)
+        share = max(LEAST, len(code) * len(groups) // SHARES)
         pieces.append(pieces_of(block, code, group[0].shape[1], share))
     return packed(pieces, who)
 
@@ -110,3 +109,31 @@ def packed(pieces, who):
     slots = int(max(p[3].max(initial=-1) for p, *_ in pieces)) + 1
     codes = np.concatenate([code for _, code, _ in pieces] or [np.zeros(1, np.int32)])
     return Work(who, *np.ascontiguousarray(table), codes if len(codes) else np.zeros(1, np.int32), np.ascontiguousarray(cut), slots)
+
+
+def in_order(work, programs=132, overhead=2):
+    """The work of all rows and heads as one table, head after head, so that what runs together shares what lies in the cache: (META
+    [pieces, 8] (block, lo, hi, slot, row and head), FIRST [programs + 1], the entries); program p does the pieces FIRST[p] to
+    FIRST[p + 1]. One for each piece where there are many, else `programs` with a fair share each. No list is empty: a block that sees
+    nothing gets one partial entry, of which the rule leaves nothing.
+    """
+    rows = []
+    for z, c in enumerate(work.who):
+        w = np.flatnonzero(work.item[c] >= 0)
+        rows.append(np.stack([work.item[c, w], work.lo[c, w], work.hi[c, w], work.slot[c, w], np.full(len(w), z)], 1))
+    rows = np.concatenate(rows).astype(np.int64)
+    nothing = rows[:, 2] <= rows[:, 1]
+    rows[nothing, 1], rows[nothing, 2] = len(work.list), len(work.list) + 1
+    first = np.arange(len(rows) + 1)
+    if programs < len(rows) <= MANY * programs:
+        # each piece goes to the program that is done first
+        who, heap = np.empty(len(rows), np.int64), [(0, p) for p in range(programs)]
+        for u, cost in enumerate((rows[:, 2] - rows[:, 1] + overhead).tolist()):
+            load, p = heap[0]
+            who[u] = p
+            heapq.heapreplace(heap, (load + cost, p))
+        rows = rows[np.argsort(who, kind="stable")]
+        first = np.concatenate([[0], np.cumsum(np.bincount(who, minlength=programs))])
+    meta = np.zeros((len(rows), 8), np.int32)
+    meta[:, :5] = rows
+    return meta, first.astype(np.int32), np.append(work.list, np.int32(-(2**31)))

@@ -9,10 +9,10 @@ s scores, p weights, l row sums, m row maxima. Everything is in base 2: lse is l
 Masked scores are -1e30, not -inf, so no NaN can arise.
 """
 
+import functools
 import os
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -149,7 +149,9 @@ def forward_kernel(
         kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
         s = biased(s, scale, qp, kp, near, slope, TABLE, far, REACH, BIAS)
         if e < 0:
-            s = tl.where(seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
+            s = tl.where(
+                seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED
+            )
         new = tl.maximum(m, tl.max(s, 1) * factor)
         # a row that has seen nothing yet has a maximum far below any score
         safe = tl.where(new > -1e20, new, 0.0)
@@ -165,7 +167,8 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["n", "sb", "sh", "sn", "tb", "th", "tn"])
 def delta_kernel(
-    O, DO, DLSE, DELTA, n, sb, sh, sn, tb, th, tn, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, WITH_LSE: tl.constexpr
+    O, DO, DLSE, DELTA, n, sb, sh, sn, tb, th, tn,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, WITH_LSE: tl.constexpr,
 ):  # fmt: skip
     """DELTA = rowsum(O * DO) - DLSE: what dS = P * (dP - DELTA) subtracts."""
     z, r, d = tl.program_id(1), tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, DP)
@@ -215,7 +218,9 @@ def dq_kernel(
         kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
         s = biased(s, scale, qp, kp, near, slope, TABLE, far, REACH, BIAS)
         if e < 0:
-            s = tl.where(seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
+            s = tl.where(
+                seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED
+            )
         p = tl.math.exp2(s * factor - lse)
         dp = tl.dot(do, V.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
         ds = p * (dp - delta)
@@ -269,7 +274,9 @@ def dkv_kernel(
         s = biased(s, scale, qp, kp, near, slope, MINE, far, REACH, BIAS)
         if e < 0:
             qb = begins(BEGIN + b * n, r, n, DOCS)[None, :]
-            s = tl.where(seen(qp, kp, qb, ki[:, None], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED)
+            s = tl.where(
+                seen(qp, kp, qb, ki[:, None], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED
+            )
         p = tl.math.exp2(s * factor - lse)
         dv = tl.dot(p.to(Q.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, do.T, input_precision=PRECISION)
@@ -322,7 +329,7 @@ def shapes(D, dtype):
         return (Shape(size, size, 4, 2),) * 3
     if D > 128:
         return Shape(64, 64, 8, 2), Shape(64, 32, 8, 2), Shape(32, 64, 8, 2)
-    return Shape(128 if D > 64 else 64, 64, 4, 2), Shape(64, 64, 4, 2), Shape(64, 64, 4, 2)
+    return (Shape(64, 64, 4, 2),) * 3
 
 
 def can(q, k):
@@ -344,48 +351,79 @@ class Where(NamedTuple):
     begin: Maybe
 
 
-def works(where, q, k, rule, always, opening):
-    """The Work of forward, dQ and dK/dV for these tensors and places: from a cache if it is there."""
-    (B, H, n, D), (K, n_keys) = q.shape, k.shape[1:3]
-    host = [None if x is None else ops.known(x) for x in where[2:]]
-    sides = (where.q_first, n), (where.k_first, n_keys)
-    key = rule, sides, *(x if x is None else (x.shape, x.tobytes()) for x in host), B, H, K, D, q.dtype, q.device, always, opening
+class Lists(NamedTuple):
+    """What a kernel reads: arrays on the device; key blocks that are cut [3, classes, m]; how many parts they write; which class each
+    row and head belongs to."""
+
+    arrays: tuple
+    cut: Any
+    slots: int
+    who: Any
+
+
+def lists(kind, q, k, call, size):
+    """The Lists of a kernel for these tensors and places, from a cache if they are there. kind: "query" or "key", what a piece of
+    work is a block of, or these "in order" (kernels/hopper.py); size: tokens in a block of queries, of keys."""
+    (B, H, n, _), (K, n_keys), w, rule = q.shape, k.shape[1:3], call.where, rule_of(call.rule)
+    host = [None if x is None else ops.known(x) for x in w[2:]]
+    sides = (w.q_first, n), (w.k_first, n_keys)
+    data = (x if x is None else (x.shape, x.tobytes()) for x in host)
+    key = kind, size, rule, sides, *data, B, H, K, q.device, call.always, call.opening
     made = recent.pop(key, None)
-    recent[key] = made = made or plans(host, sides, shapes(D, q.dtype), rule, B, H, K, always, opening, q.device)
-    while len(recent) > 1 and sum(w.list.numel() for made in recent.values() for w in made) > ROOM:
+    recent[key] = made = made or listed(kind, found(host, sides, size, rule, B, H, K, call.always, call.opening), K, q.device)
+    while len(recent) > 1 and sum(x.numel() for made in recent.values() for x in made.arrays) > ROOM:
         del recent[next(iter(recent))]
     return made
 
 
-recent = {}  # Work by everything that it depends on, the last one asked for at the end
-ROOM = 1 << 26  # entries that are kept on the device
+recent = {}  # Lists by everything that they depend on, the last ones asked for at the end
+ROOM = 1 << 26  # numbers that are kept on the device
 
 
-def plans(host, sides, blocks, rule, B, H, K, always, opening, device):
+def found(host, sides, size, rule, B, H, K, always, opening):
+    """The layouts [B][H]; what stands alike is asked for once, and is one object."""
     q_at, k_at, begin = host
-    who = behaviours(rule, H)
+    who, known, out = behaviours(rule, H), {}, []
+    for b in range(B):
+        out.append([])
+        for h in range(H):
+            rows = [None if x is None else x[b % x.shape[0], 0] for x in (q_at, begin)]
+            keys = None if k_at is None else k_at[b % k_at.shape[0], h * K // H % k_at.shape[1]]
+            q, k = (side if x is None else x for side, x in zip(sides, (rows[0], keys)))
+            mark = who[h], *(x if x is None else x.tobytes() for x in (*rows, keys))
+            if mark not in known:
+                known[mark] = layout(rule, q, k, size, rows[1], always, who[h], opening)
+            out[-1].append(known[mark])
+    return out
 
-    def found(shape):
-        """The layouts [B][H]; what stands alike is asked for once, and alike."""
-        known, out = {}, []
-        for b in range(B):
-            out.append([])
-            for h in range(H):
-                row = lambda x: x[b % x.shape[0]]
-                rows = [None if x is None else row(x)[0] for x in (q_at, begin)]
-                keys = None if k_at is None else row(k_at)[h * K // H % k_at.shape[1]]
-                q, k = (side if x is None else x for side, x in zip(sides, (rows[0], keys)))
-                mark = who[h], *(x if x is None else x.tobytes() for x in (*rows, keys))
-                if mark not in known:
-                    known[mark] = layout(rule, q, k, (shape.queries, shape.keys), rows[1], always, who[h], opening)
-                out[-1].append(known[mark])
-        return out
 
+def listed(kind, layouts, K, device):
+    work = plan.by_key(layouts, K) if kind.startswith("key") else plan.by_query(layouts)
     put = lambda x: torch.from_numpy(x).to(device, non_blocking=True)
-    forward, dq, dkv = blocks
-    by_query = plan.by_query(found(forward)).to(put)
-    again = by_query if dq[:2] == forward[:2] else plan.by_query(found(dq)).to(put)
-    return by_query, again, plan.by_key(found(dkv), K).to(put)
+    arrays = plan.in_order(work) if kind.endswith("in order") else (work.who, work.item, work.lo, work.hi, work.slot, work.list)
+    return Lists(tuple(map(put, arrays)), put(work.cut), work.slots, put(work.who))
+
+
+@functools.cache
+def hopper_on(device):
+    """The kernels written for Hopper GPUs (kernels/hopper.py), where the device and this Triton's Gluon are what they were written for."""
+    if INTERPRETED or os.environ.get("NANOLONG_HOPPER") == "0" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        from triton.experimental.gluon import language
+
+        if not hasattr(language, "thread_barrier"):
+            return None
+        from kernels import hopper
+    except ImportError:
+        return None
+    return hopper
+
+
+def hopper_for(q, call):
+    """kernels/hopper.py if it does this: 16 bits, D 64 or 128, no table."""
+    fits = q.dtype != torch.float32 and q.shape[3] in (64, 128) and call.table is None
+    return hopper_on(q.device) if fits else None
 
 
 def ready(x):
@@ -395,7 +433,7 @@ def ready(x):
 
 
 def described(x, block):
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, triton.next_power_of_2(max(x.shape[3], 16))])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, width_of(x)])
 
 
 def heads_last(x):
@@ -427,23 +465,28 @@ class Call(NamedTuple):
         """How many key heads have positions of their own."""
         return 1 if self.where.k_at is None else self.where.k_at.shape[1]
 
-    def options(self, q, k, shape):
-        kind = "slope" if self.slope is not None else "table" if self.table is not None else "none"
+    def options(self, q, k):
+        """What is compiled in, whatever the kernel."""
+        w = self.where
+        return {
+            "RULE": compiled(rule_of(self.rule)),
+            "EXPLICIT": w.q_at is not None,
+            "DOCS": w.begin is not None,
+            "BEHIND": w.q_at is None and w.q_first + q.shape[2] > w.k_first + k.shape[2],
+            "ALWAYS": self.always,
+            "OPENING": self.opening,
+            "BIAS": "slope" if self.slope is not None else "table" if self.table is not None else "none",
+            "K_HEADS": self.key_heads(),
+        }
+
+    def sizes(self, q, k, shape):
         return {
             "H": q.shape[1],
             "G": q.shape[1] // k.shape[1],
-            "DP": triton.next_power_of_2(max(q.shape[3], 16)),
+            "DP": width_of(q),
             "BQ": shape.queries,
             "BK": shape.keys,
             "REACH": 1 if self.table is None else self.table.shape[1],
-            "K_HEADS": self.key_heads(),
-            "RULE": compiled(rule_of(self.rule)),
-            "EXPLICIT": self.where.q_at is not None,
-            "BEHIND": self.where.q_at is None and self.where.q_first + q.shape[2] > self.where.k_first + k.shape[2],
-            "DOCS": self.where.begin is not None,
-            "ALWAYS": self.always,
-            "OPENING": self.opening,
-            "BIAS": kind,
             "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
             "num_warps": shape.warps,
             "num_stages": shape.stages,
@@ -456,12 +499,22 @@ def run_forward(q, k, v, call):
     q, k, v = ready(q), ready(k), ready(v)
     out, lse = heads_last(q), q.new_empty(B, H, n, dtype=torch.float32)
     rule = rule_of(call.rule)
-    work, shape = works(call.where, q, k, rule, call.always, call.opening)[0], shapes(D, q.dtype)[0]
-    wide = work.item.shape[1]
+    arrays, first = call.arrays(q, k, lse), (call.where.q_first, call.where.k_first)
+    hopper = hopper_for(q, call)
+    if hopper and D == 128:
+        work = lists("query in order", q, k, call, (128, 64))
+        # long lists are worth larger blocks, though more of their scores are masked
+        keys = 128 if call.slope is None and work.arrays[2].numel() > 32 * work.arrays[0].shape[0] else 64
+        work = work if keys == 64 else lists("query in order", q, k, call, (128, 128))
+        hopper.run_forward(q, k, v, out, lse, work.arrays, arrays, first, layer_of(rule), call.scale, call.options(q, k), keys)
+        return out, lse
+    shape = shapes(D, q.dtype)[0]
+    who, item, lo, hi, _, entries = lists("query", q, k, call, shape[:2]).arrays
+    wide = item.shape[1]
     forward_kernel[(B * H * wide,)](
         described(q, shape.queries), described(k, shape.keys), described(v, shape.keys), described(out, shape.queries),
-        lse, *call.arrays(q, k, lse), work.who, work.item, work.lo, work.hi, work.list,
-        B * H, wide, n, k.shape[2], call.where.q_first, call.where.k_first, layer_of(rule), call.scale * LOG2E, **call.options(q, k, shape),
+        lse, *arrays, who, item, lo, hi, entries, B * H, wide, n, k.shape[2], *first, layer_of(rule), call.scale * LOG2E,
+        **call.options(q, k), **call.sizes(q, k, shape),
     )  # fmt: skip
     return out, lse
 
@@ -470,34 +523,59 @@ def run_backward(q, k, v, out, lse, do, dlse, call):
     """dq, dk, dv and the table's gradient."""
     (B, H, n, D), (K, n_keys) = q.shape, k.shape[1:3]
     q, k, v, do = ready(q), ready(k), ready(v), ready(do)
-    dq, dk, dv, delta = heads_last(q), heads_last(k), heads_last(v), torch.empty_like(lse)
+    dq, dk, dv = heads_last(q), heads_last(k), heads_last(v)
     dtable = None if call.table is None else torch.zeros_like(call.table)
+    dlse = None if dlse is None else dlse.contiguous()
     rule = rule_of(call.rule)
-    layer = layer_of(rule)
-    (_, by_query, by_key), (_, shape_q, shape_k) = works(call.where, q, k, rule, call.always, call.opening), shapes(D, q.dtype)
-    DP = triton.next_power_of_2(max(D, 16))
+    arrays, first, layer = call.arrays(q, k, lse), (call.where.q_first, call.where.k_first), layer_of(rule)
+    hopper = hopper_for(q, call)
+    if hopper:
+        size = 64, 2 * 64 if D == 128 else 64
+        work = lists("key in order", q, k, call, size)
+        part = hopper.run_backward(
+            q, k, v, out, lse, do, dlse, dq, dk, dv, work.arrays, work.slots, arrays, first, layer, call.scale, call.options(q, k)
+        )
+        add_parts(part, work, dk, dv, size[1])
+        return dq, dk, dv, dtable
+    _, shape_q, shape_k = shapes(D, q.dtype)
+    DP, delta = width_of(q), torch.empty_like(lse)
     delta_kernel[(triton.cdiv(n, 64), B * H)](
-        out, do, lse if dlse is None else dlse.contiguous(), delta, n, *out.stride()[:3], *do.stride()[:3], H, D, DP, 64, dlse is not None
+        out, do, lse if dlse is None else dlse, delta, n, *out.stride()[:3], *do.stride()[:3], H, D, DP, 64, dlse is not None
     )
-    same = n, n_keys, call.where.q_first, call.where.k_first, layer, call.scale * LOG2E, call.scale
-    work, wide = by_key, by_key.item.shape[1]
-    part = delta if not work.slots else q.new_empty(work.slots, B * K, 2, shape_k.keys, DP, dtype=torch.float32)
-    DK, DV = described(dk, shape_k.keys), described(dv, shape_k.keys)
+    same = n, n_keys, *first, layer, call.scale * LOG2E, call.scale
+    work = lists("key", q, k, call, shape_k[:2])
+    who, item, lo, hi, slot, entries = work.arrays
+    wide = item.shape[1]
+    part = q.new_empty(work.slots, B * K, 2, shape_k.keys, DP, dtype=torch.float32) if work.slots else None
     dkv_kernel[(B * K * wide,)](
-        described(q, shape_k.queries), described(k, shape_k.keys), described(v, shape_k.keys), described(do, shape_k.queries), DK, DV,
-        part, lse, delta, *call.arrays(q, k, lse), work.who, work.item, work.lo, work.hi, work.slot, work.list,
-        B * K, wide, *same, **call.options(q, k, shape_k),
+        described(q, shape_k.queries), described(k, shape_k.keys), described(v, shape_k.keys), described(do, shape_k.queries),
+        described(dk, shape_k.keys), described(dv, shape_k.keys), delta if part is None else part, lse, delta, *arrays,
+        who, item, lo, hi, slot, entries, B * K, wide, *same, **call.options(q, k), **call.sizes(q, k, shape_k),
     )  # fmt: skip
-    if work.slots:
-        m = work.cut.shape[2]
-        add_parts_kernel[(m, B * K)](part, work.who, *work.cut, DK, DV, m, K, DP, shape_k.keys, num_warps=8)
-    work, wide = by_query, by_query.item.shape[1]
+    add_parts(part, work, dk, dv, shape_k.keys)
+    who, item, lo, hi, _, entries = lists("query", q, k, call, shape_q[:2]).arrays
+    wide = item.shape[1]
     dq_kernel[(B * H * wide,)](
         described(q, shape_q.queries), described(k, shape_q.keys), described(v, shape_q.keys), described(do, shape_q.queries),
-        described(dq, shape_q.queries), lse, delta, lse if dtable is None else dtable, *call.arrays(q, k, lse),
-        work.who, work.item, work.lo, work.hi, work.list, B * H, wide, *same, **call.options(q, k, shape_q),
+        described(dq, shape_q.queries), lse, delta, lse if dtable is None else dtable, *arrays,
+        who, item, lo, hi, entries, B * H, wide, *same, **call.options(q, k), **call.sizes(q, k, shape_q),
     )  # fmt: skip
     return dq, dk, dv, dtable
+
+
+def add_parts(part, work, dk, dv, keys):
+    """Sums the parts of cut blocks of keys into dk and dv."""
+    if part is None:
+        return
+    (B, K), m = dk.shape[:2], work.cut.shape[2]
+    add_parts_kernel[(m, B * K)](
+        part, work.who, *work.cut, described(dk, keys), described(dv, keys), m, K, width_of(dk), keys, num_warps=8
+    )  # fmt: skip
+
+
+def width_of(x):
+    """The head width as the kernels have it: a power of two, at least 16."""
+    return triton.next_power_of_2(max(x.shape[3], 16))
 
 
 def layer_of(rule):
@@ -506,6 +584,7 @@ def layer_of(rule):
 
 
 # ---------------------------------------------------------------- for autograd and compilers: one node of a graph
+
 
 @torch.library.custom_op("nanolong::flash", mutates_args=())
 def flash(
@@ -533,7 +612,12 @@ def flash_backward(
 @flash_backward.register_fake
 def _(q, k, v, *rest):
     table = rest[-1]
-    return heads_last(q), heads_last(k), heads_last(v), torch.empty_like(table) if table is not None else q.new_empty(0, dtype=torch.float32)
+    return (
+        heads_last(q),
+        heads_last(k),
+        heads_last(v),
+        torch.empty_like(table) if table is not None else q.new_empty(0, dtype=torch.float32),
+    )
 
 
 def _save(ctx, inputs, output):

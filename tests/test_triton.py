@@ -24,8 +24,19 @@ EPS = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 1e-2}
 DTYPES = ["float32", "float16"] if INTERPRETED else list(EPS)
 RULES = [small("attention", n) for n in plugins.names("attention") if hasattr(plugins.load("attention", n), "allowed")]
 # rows, query heads, key heads, queries, keys, head width: odd lengths, more queries than a block, few keys, every kind of width
-SHAPES = [(1, 2, 2, 2, 2, 8), (2, 4, 2, 150, 150, 16), (1, 6, 2, 33, 171, 40), (1, 2, 1, 130, 131, 64), (1, 3, 1, 65, 200, 128), (1, 2, 2, 70, 90, 256)]
+SHAPES = [
+    (1, 2, 2, 2, 2, 8),
+    (2, 4, 2, 150, 150, 16),
+    (1, 6, 2, 33, 171, 40),
+    (1, 2, 1, 130, 131, 64),
+    (1, 3, 1, 65, 200, 128),
+    (1, 2, 2, 70, 90, 256),
+]
 
+# on a GPU the kernels for 16 bits, which may be others, too
+KINDS = [("float32", 16)] if INTERPRETED else [("float32", 16), ("bfloat16", 64), ("bfloat16", 128), ("float16", 128)]
+
+every_kind = pytest.mark.parametrize(("dtype", "D"), KINDS, ids=lambda x: str(x))
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda s: s.partition(":")[0])
 
 
@@ -91,23 +102,26 @@ def row(n, first=0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_the_kernels_are_exact(shape, dtype):
-    B, H, K, T, N, _ = shape
+    _, H, K, T, N, _ = shape
     agree(dtype, inputs(*shape, dtype), row(T, N - T), row(N), placed("longformer:window=40,n_global=7", H, K))
 
 
+@every_kind
 @every_rule
-def test_every_rule_is_compiled(rule):
-    agree("float32", inputs(1, 4, 2, 150, 180, 16, "float32"), row(150, 30), row(180), placed(rule, 4, 2))
+def test_every_rule_is_compiled(rule, dtype, D):
+    agree(dtype, inputs(1, 4, 2, 150, 180, D, dtype), row(150, 30), row(180), placed(rule, 4, 2))
 
 
+@every_kind
 @pytest.mark.parametrize("rule", [r for r in RULES if r.partition(":")[0] in ("bigbird", "local", "duo", "longformer")])
-def test_far_positions(rule):
+def test_far_positions(rule, dtype, D):
     first = (1 << 20) - 70
-    agree("float32", inputs(1, 4, 2, 150, 180, 16, "float32"), row(150, first + 30), row(180, first), placed(rule, 4, 2))
+    agree(dtype, inputs(1, 4, 2, 150, 180, D, dtype), row(150, first + 30), row(180, first), placed(rule, 4, 2))
 
 
+@every_kind
 @pytest.mark.parametrize("rule", [r for r in RULES if r.partition(":")[0] in ("full", "bigbird", "longformer")])
-def test_scattered_keys(rule):
+def test_scattered_keys(rule, dtype, D):
     """Key heads that remember different tokens, holes, keys of the future, documents, exempt slots and openings."""
     B, H, K, T, N = 2, 4, 2, 81, 150
     draw = np.random.default_rng()
@@ -115,56 +129,62 @@ def test_scattered_keys(rule):
     k_at = np.where(draw.random(k_at.shape) < 0.2, -1, k_at)
     q_at = np.stack([np.arange(120, 120 + T), np.arange(140, 140 + T)])
     begin = torch.from_numpy(np.where(q_at < 170, 3, 170).astype("int32"))[:, None].to(ops.device())
-    arrays = inputs(B, H, K, T, N, 16, "float32")
-    agree("float32", arrays, places(q_at), places(k_at), placed(rule, H, K))
-    agree("float32", arrays, places(q_at), places(k_at), placed(rule, H, K), begin, always=3, opening=5)
+    arrays = inputs(B, H, K, T, N, D, dtype)
+    agree(dtype, arrays, places(q_at), places(k_at), placed(rule, H, K))
+    agree(dtype, arrays, places(q_at), places(k_at), placed(rule, H, K), begin, always=3, opening=5)
 
 
-def test_documents():
+@every_kind
+def test_documents(dtype, D):
     begin = np.stack([np.where(np.arange(200) < 71, 0, 71), np.where(np.arange(200) < 130, 0, 130)]).astype("int32")[:, None]
     begin = torch.from_numpy(begin).to(ops.device())
-    agree("float32", inputs(2, 4, 2, 200, 200, 16, "float32"), row(200), row(200), placed("longformer:window=40,n_global=7", 4, 2), begin)
+    agree(dtype, inputs(2, 4, 2, 200, 200, D, dtype), row(200), row(200), placed("longformer:window=40,n_global=7", 4, 2), begin)
 
 
-def test_rows_that_see_nothing():
+@every_kind
+def test_rows_that_see_nothing(dtype, D):
     rule = placed("window:window=5", 2, 1)
-    agree("float32", inputs(1, 2, 1, 40, 40, 16, "float32"), row(40), row(40, 20), rule)
+    agree(dtype, inputs(1, 2, 1, 40, 40, D, dtype), row(40), row(40, 20), rule)
 
 
+@every_kind
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("kind", ["slope", "table"])
-def test_biases(kind, explicit):
+def test_biases(kind, explicit, dtype, D):
     H, T = 4, 150
     table = torch.randn(H, 33, device=ops.device(), requires_grad=True)
     bias = Bias(torch.rand(H, device=ops.device())) if kind == "slope" else Bias(None, table)
     at = places(np.arange(T)) if explicit else row(T)
-    agree("float32", inputs(2, H, 2, T, T, 16, "float32"), at, at, placed("longformer:window=90,n_global=9", H, 2), bias=bias)
+    agree(dtype, inputs(2, H, 2, T, T, D, dtype), at, at, placed("longformer:window=90,n_global=9", H, 2), bias=bias)
 
 
-def test_blocks_that_are_cut(monkeypatch):
+@every_kind
+def test_blocks_that_are_cut(monkeypatch, dtype, D):
     """Keys that all queries see are many programs' work; their parts add up."""
     monkeypatch.setattr(plan, "LEAST", 2)
-    monkeypatch.setattr(plan, "PROGRAMS", 1 << 20)
+    monkeypatch.setattr(plan, "SHARES", 1 << 20)
     triton_.recent.clear()
     for rule in ("longformer:window=40,n_global=7", "bigbird:block=16,n_global=1,n_random=1"):
-        agree("float32", inputs(2, 4, 2, 500, 500, 16, "float32"), row(500), row(500), placed(rule, 4, 2))
-    assert any(made[2].slots > 3 for made in triton_.recent.values())
+        agree(dtype, inputs(2, 4, 2, 500, 500, D, dtype), row(500), row(500), placed(rule, 4, 2))
+    assert any(made.slots > 3 for made in triton_.recent.values())
     triton_.recent.clear()
 
 
-def test_tensors_as_the_model_has_them():
+@every_kind
+def test_tensors_as_the_model_has_them(dtype, D):
     """Transposed, expanded, unaligned: what a descriptor cannot take is copied."""
     rule = placed("window:window=40", 4, 2)
-    q, k, v, w = inputs(2, 4, 2, 100, 100, 16, "float32")
+    q, k, v, w = inputs(2, 4, 2, 100, 100, D, dtype)
     turn = lambda x: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    agree("float32", (turn(q), turn(k), turn(v), w[:1, :1, :1].expand(w.shape)), row(100), row(100), rule)
-    odd = torch.randn(2, 4, 100, 17, device=ops.device())[..., 1:].detach().requires_grad_()
-    agree("float32", (odd, k, v, w), row(100), row(100), rule)
+    agree(dtype, (turn(q), turn(k), turn(v), w[:1, :1, :1].expand(w.shape)), row(100), row(100), rule)
+    odd = torch.randn(2, 4, 100, D + 1, device=ops.device(), dtype=q.dtype)[..., 1:].detach().requires_grad_()
+    agree(dtype, (odd, k, v, w), row(100), row(100), rule)
 
 
-def test_without_lse_in_the_loss():
-    arrays = inputs(1, 2, 1, 100, 100, 16, "float32")
-    agree("float32", arrays, row(100), row(100), placed("window:window=40", 2, 1), lse=False)
+@every_kind
+def test_without_lse_in_the_loss(dtype, D):
+    arrays = inputs(1, 2, 1, 100, 100, D, dtype)
+    agree(dtype, arrays, row(100), row(100), placed("window:window=40", 2, 1), lse=False)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -197,7 +217,9 @@ def test_the_op_keeps_its_promises():
 def test_another_length_compiles_nothing():
     rule = placed("longformer:window=40,n_global=7", 4, 2)
     run = lambda n: agree("float32", inputs(1, 4, 2, n, n, 16, "float32"), row(n), row(n), rule, lse=False)
-    count = lambda: sum(len(c[0]) for f in (triton_.forward_kernel, triton_.dq_kernel, triton_.dkv_kernel) for c in f.device_caches.values())
+    count = lambda: sum(
+        len(c[0]) for f in (triton_.forward_kernel, triton_.dq_kernel, triton_.dkv_kernel) for c in f.device_caches.values()
+    )
     run(130)
     before = count()
     for n in (64, 171, 1024, 1031):
