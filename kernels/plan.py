@@ -38,7 +38,7 @@ class Work(NamedTuple):
 def by_query(found):
     """Work for blocks of queries. found [B][H]: Layout."""
     classes, who = distinct([x for row in found for x in row])
-    return packed([pieces_of(x.pairs >> 32, entries(x.pairs), x.shape[0]) for x in classes], who)
+    return packed([pieces_of(*in_line(*parts_of(x)), x.shape[0]) for x in classes], who)
 
 
 def by_key(found, key_heads):
@@ -61,20 +61,22 @@ def distinct(things):
     return [x for _, x in first.values()], np.array(who, np.int32)
 
 
-def entries(pairs):
-    """The entries of a layout's codes, query block << 32 | full << 31 | key block."""
-    partial = (pairs >> 31 & 1) == 0
-    return (pairs & (1 << 31) - 1).astype(np.int32) | (partial.astype(np.int32) << 31)
+def in_line(i, j, full):
+    """(i, entries) of blocks i x j, sorted by both: neighbours in a list are neighbours in the text, and often still in a cache."""
+    codes = np.sort(i << 33 | j << 1 | full, kind="stable")
+    partial = (codes & 1 ^ 1).astype(np.int32) << 31
+    return codes >> 33, (codes >> 1 & 0x7FFFFFFF).astype(np.int32) | partial
+
+
+def parts_of(found):
+    """A layout's query blocks, key blocks and which are full."""
+    return found.pairs >> 32, found.pairs & (1 << 31) - 1, found.pairs >> 31 & 1
 
 
 def together(group):
-    """Blocks of keys and their entries, of all query heads of a group: sorted by key block, the partial ones first."""
-    codes = []
-    for g, found in enumerate(group):
-        i, full, j = found.pairs >> 32, found.pairs >> 31 & 1, found.pairs & (1 << 31) - 1
-        codes.append(j << 32 | full << 31 | g << BLOCKS | i)
-    codes = np.sort(np.concatenate(codes))
-    return codes >> 32, entries(codes)
+    """Blocks of keys and their entries, of all query heads of a group."""
+    each = [(j, g << BLOCKS | i, full) for g, found in enumerate(group) for i, j, full in [parts_of(found)]]
+    return in_line(*map(np.concatenate, zip(*each)))
 
 
 def pieces_of(block, code, n, share=None):

@@ -9,6 +9,7 @@ s scores, p weights, l row sums, m row maxima. Everything is in base 2: lse is l
 Masked scores are -1e30, not -inf, so no NaN can arise.
 """
 
+import collections
 import functools
 import os
 from typing import Any, NamedTuple, Optional
@@ -352,10 +353,11 @@ class Where(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """What a kernel reads: arrays on the device; key blocks that are cut [3, classes, m]; how many parts they write; which class each
-    row and head belongs to."""
+    """What a kernel reads: arrays on the device, and how long their lists are on average; key blocks that are cut [3, classes, m];
+    how many parts they write; which class each row and head belongs to."""
 
     arrays: tuple
+    mean: float
     cut: Any
     slots: int
     who: Any
@@ -367,7 +369,7 @@ def lists(kind, q, k, call, size):
     (B, H, n, _), (K, n_keys), w, rule = q.shape, k.shape[1:3], call.where, rule_of(call.rule)
     host = [None if x is None else ops.known(x) for x in w[2:]]
     sides = (w.q_first, n), (w.k_first, n_keys)
-    data = (x if x is None else (x.shape, x.tobytes()) for x in host)
+    data = (x if x is None else (x.shape, written(x)) for x in host)
     key = kind, size, rule, sides, *data, B, H, K, q.device, call.always, call.opening
     made = recent.pop(key, None)
     recent[key] = made = made or listed(kind, found(host, sides, size, rule, B, H, K, call.always, call.opening), K, q.device)
@@ -376,6 +378,16 @@ def lists(kind, q, k, call, size):
     return made
 
 
+def written(x):
+    """The bytes of an array that ops.known() gave, made and hashed once."""
+    for there, data in writings:
+        if there is x:
+            return data
+    writings.append((x, x.tobytes()))
+    return writings[-1][1]
+
+
+writings = collections.deque(maxlen=4)
 recent = {}  # Lists by everything that they depend on, the last ones asked for at the end
 ROOM = 1 << 26  # numbers that are kept on the device
 
@@ -401,7 +413,8 @@ def listed(kind, layouts, K, device):
     work = plan.by_key(layouts, K) if kind.startswith("key") else plan.by_query(layouts)
     put = lambda x: torch.from_numpy(x).to(device, non_blocking=True)
     arrays = plan.in_order(work) if kind.endswith("in order") else (work.who, work.item, work.lo, work.hi, work.slot, work.list)
-    return Lists(tuple(map(put, arrays)), put(work.cut), work.slots, put(work.who))
+    mean = (work.hi - work.lo).sum() / max(1, (work.item >= 0).sum())
+    return Lists(tuple(map(put, arrays)), mean, put(work.cut), work.slots, put(work.who))
 
 
 @functools.cache
@@ -421,8 +434,10 @@ def hopper_on(device):
 
 
 def hopper_for(q, call):
-    """kernels/hopper.py if it does this: 16 bits, D 64 or 128, no table."""
-    fits = q.dtype != torch.float32 and q.shape[3] in (64, 128) and call.table is None
+    """kernels/hopper.py if it does this: 16 bits, D 64 or 128, no table; and no rule that is dear to ask, for of its larger blocks
+    fewer are full."""
+    linked = any(hasattr(rule.module, "LINKS") for rule in rule_of(call.rule).leaves())
+    fits = q.dtype != torch.float32 and q.shape[3] in (64, 128) and call.table is None and not linked
     return hopper_on(q.device) if fits else None
 
 
@@ -434,12 +449,6 @@ def ready(x):
 
 def described(x, block):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, width_of(x)])
-
-
-def heads_last(x):
-    """An empty tensor of x's shape [B, H, n, D] that lies in memory as [B, n, H, D], as the layers around want it."""
-    B, H, n, D = x.shape
-    return x.new_empty(B, n, H, D).transpose(1, 2)
 
 
 class Call(NamedTuple):
@@ -496,15 +505,16 @@ class Call(NamedTuple):
 def run_forward(q, k, v, call):
     """out like q, and lse [B, H, n] float32 in base 2, 1e30 where a query sees nothing."""
     B, H, n, D = q.shape
+    # strides as the queries have them: what lies there transposed is wanted transposed
+    out, lse = torch.empty_like(q), q.new_empty(B, H, n, dtype=torch.float32)
     q, k, v = ready(q), ready(k), ready(v)
-    out, lse = heads_last(q), q.new_empty(B, H, n, dtype=torch.float32)
     rule = rule_of(call.rule)
     arrays, first = call.arrays(q, k, lse), (call.where.q_first, call.where.k_first)
     hopper = hopper_for(q, call)
     if hopper and D == 128:
         work = lists("query in order", q, k, call, (128, 64))
         # long lists are worth larger blocks, though more of their scores are masked
-        keys = 128 if call.slope is None and work.arrays[2].numel() > 32 * work.arrays[0].shape[0] else 64
+        keys = 128 if call.slope is None and work.mean > 32 else 64
         work = work if keys == 64 else lists("query in order", q, k, call, (128, 128))
         hopper.run_forward(q, k, v, out, lse, work.arrays, arrays, first, layer_of(rule), call.scale, call.options(q, k), keys)
         return out, lse
@@ -522,8 +532,8 @@ def run_forward(q, k, v, call):
 def run_backward(q, k, v, out, lse, do, dlse, call):
     """dq, dk, dv and the table's gradient."""
     (B, H, n, D), (K, n_keys) = q.shape, k.shape[1:3]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     q, k, v, do = ready(q), ready(k), ready(v), ready(do)
-    dq, dk, dv = heads_last(q), heads_last(k), heads_last(v)
     dtable = None if call.table is None else torch.zeros_like(call.table)
     dlse = None if dlse is None else dlse.contiguous()
     rule = rule_of(call.rule)
@@ -596,7 +606,7 @@ def flash(
 
 @flash.register_fake
 def _(q, k, v, *_):
-    return heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("nanolong::flash_backward", mutates_args=())
@@ -612,12 +622,7 @@ def flash_backward(
 @flash_backward.register_fake
 def _(q, k, v, *rest):
     table = rest[-1]
-    return (
-        heads_last(q),
-        heads_last(k),
-        heads_last(v),
-        torch.empty_like(table) if table is not None else q.new_empty(0, dtype=torch.float32),
-    )
+    return *map(torch.empty_like, (q, k, v)), q.new_empty(0, dtype=torch.float32) if table is None else torch.empty_like(table)
 
 
 def _save(ctx, inputs, output):
