@@ -43,15 +43,36 @@ def _opaque(x):
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 @gluon.jit
-def _sees(qi, ki, Q_AT, K_AT, BEGIN, n, n_keys, q_first, k_first, h, layer, RULE: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr,
+def _read(e, i, j, Q_AT, K_AT, BEGIN, n, n_keys, q_first, k_first, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, NQ: gl.constexpr,
+    NK: gl.constexpr, s_l: gl.constexpr, QDIM: gl.constexpr):
+    """Positions of the NQ queries from i and the NK keys from j and where the queries' documents begin, where they lie in memory and the
+    tile is partial: asked for while a product is under way, for they are long in coming."""
+    qp = gl.zeros([NQ], gl.int32, gl.SliceLayout(1 - QDIM, s_l))
+    kp = gl.zeros([NK], gl.int32, gl.SliceLayout(QDIM, s_l))
+    qb = qp
+    if EXPLICIT or DOCS:
+        if e < 0:
+            qi = _opaque(i) + gl.arange(0, NQ, gl.SliceLayout(1 - QDIM, s_l))
+            ki = _opaque(j) + gl.arange(0, NK, gl.SliceLayout(QDIM, s_l))
+            qp = positions(Q_AT, q_first, qi, n, EXPLICIT)
+            kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)
+            qb = begins(BEGIN, qi, n, DOCS)
+    return qp, kp, qb
+
+@gluon.jit
+def _sees(qi, ki, qp, kp, qb, n_keys, q_first, k_first, h, layer, RULE: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr,
           BEHIND: gl.constexpr, ALWAYS: gl.constexpr, OPENING: gl.constexpr, QDIM: gl.constexpr):
-    """May queries qi see keys ki? QDIM: the dimension of the tile along which queries run."""
+    """May queries qi see keys ki, which stand at qp and kp as _read() gave them? QDIM: the dimension along which queries run."""
     KDIM: gl.constexpr = 1 - QDIM
-    qp = gl.expand_dims(positions(Q_AT, q_first, qi, n, EXPLICIT), KDIM)
-    qb = gl.expand_dims(begins(BEGIN, qi, n, DOCS), KDIM)
-    kp = gl.expand_dims(positions(K_AT, k_first, ki, n_keys, EXPLICIT), QDIM)
-    last = k_first + n_keys - 1
-    return seen(qp, kp, qb, gl.expand_dims(ki, QDIM), h, layer, last, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING)
+    if not (EXPLICIT or DOCS):
+        qp = q_first + qi
+        kp = k_first + ki
+        qb = qi * 0
+    qp = gl.expand_dims(qp, KDIM)
+    qb = gl.expand_dims(qb, KDIM)
+    kp = gl.expand_dims(kp, QDIM)
+    see = seen(qp, kp, qb, gl.expand_dims(ki, QDIM), h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING)
+    return see & (gl.expand_dims(ki, QDIM) < n_keys)
 
 @gluon.jit
 def _slanted(s, qi, ki, near, SLOPE, Q_AT, K_AT, n, n_keys, q_first, k_first, h, scale, BIAS: gl.constexpr, EXPLICIT: gl.constexpr,
@@ -215,6 +236,8 @@ def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, 
             dp = warpgroup_mma(v_s, dos.permute((1, 0)), zs, use_acc=False, is_async=True)
             lse = lds.slice(0, BQ).load(gl.SliceLayout(0, s_l))
             delta = lds.slice(BQ, BQ).load(gl.SliceLayout(0, s_l))
+            qp, kp, qb = _read(e, i * BQ, j * BK, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first, k_first, EXPLICIT, DOCS,
+                BQ, BK, s_l, 1)
             st = warpgroup_mma_wait(1, deps=(st,))
             if BIAS != "none":
                 qi = _opaque(i) * BQ + gl.arange(0, BQ, gl.SliceLayout(0, s_l))
@@ -224,8 +247,8 @@ def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, 
             if e < 0:
                 qi = _opaque(i) * BQ + gl.arange(0, BQ, gl.SliceLayout(0, s_l))
                 ki = _opaque(j) * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l))
-                p = gl.where(_sees(qi, ki, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first, k_first, h, layer, RULE, EXPLICIT,
-                    DOCS, BEHIND, ALWAYS, OPENING, 1) & (ki < n_keys)[:, None], p, 0.0)
+                see = _sees(qi, ki, qp, kp, qb, n_keys, q_first, k_first, h, layer, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 1)
+                p = gl.where(see, p, 0.0)
             dv = warpgroup_mma(gl.convert_layout(p.to(ty), a_l), dos, dv, is_async=True)
             dp = warpgroup_mma_wait(1, deps=(dp,))
             ds = (p * (dp - delta[None, :])).to(ty)
@@ -389,6 +412,8 @@ def backward_small(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, D
         dp = warpgroup_mma(v_s, dos.permute((1, 0)), zs, use_acc=False, is_async=True)
         lse = lds.slice(0, BQ).load(gl.SliceLayout(0, s_l))
         delta = lds.slice(BQ, BQ).load(gl.SliceLayout(0, s_l))
+        qp, kp, qb = _read(e, i * BQ, j * BK, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first, k_first, EXPLICIT, DOCS,
+            BQ, BK, s_l, 1)
         st = warpgroup_mma_wait(1, deps=(st,))
         if BIAS != "none":
             qi = _opaque(i) * BQ + gl.arange(0, BQ, gl.SliceLayout(0, s_l))
@@ -398,8 +423,8 @@ def backward_small(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, D
         if e < 0:
             qi = _opaque(i) * BQ + gl.arange(0, BQ, gl.SliceLayout(0, s_l))
             ki = _opaque(j) * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l))
-            p = gl.where(_sees(qi, ki, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first, k_first, h, layer, RULE, EXPLICIT,
-                DOCS, BEHIND, ALWAYS, OPENING, 1) & (ki < n_keys)[:, None], p, 0.0)
+            see = _sees(qi, ki, qp, kp, qb, n_keys, q_first, k_first, h, layer, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 1)
+            p = gl.where(see, p, 0.0)
         dv = warpgroup_mma(gl.convert_layout(p.to(ty), a_l), dos, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
         ds = (p * (dp - delta[None, :])).to(ty)
@@ -471,19 +496,23 @@ def _forward_producer(q_desc, k_desc, v_desc, q_s, k_s, v_s, k_full, k_empty, v_
                 phase ^= 1
 
 @gluon.jit
-def _scores(s, e, i, b, h, near, Q_AT, K_AT, BEGIN, SLOPE, n, n_keys, q_first, k_first, layer, scale, RULE: gl.constexpr,
+def _rows(e, i, BK: gl.constexpr, W: gl.constexpr, s_l: gl.constexpr):
+    """Which queries and keys stand in a tile of warpgroup W."""
+    qi = _opaque(i) * 128 + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_l))
+    return qi, _opaque(e & 0x1ffffff) * BK + gl.arange(0, BK, gl.SliceLayout(0, s_l))
+
+@gluon.jit
+def _scores(s, e, i, qp, kp, qb, h, near, Q_AT, K_AT, SLOPE, n, n_keys, q_first, k_first, layer, scale, RULE: gl.constexpr,
     BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr,
             BEHIND: gl.constexpr, ALWAYS: gl.constexpr, OPENING: gl.constexpr, BK: gl.constexpr, W: gl.constexpr, s_l: gl.constexpr):
-    """Masked scores, with the bias if there is one; Q_AT, K_AT, BEGIN those of this row and head."""
+    """Masked scores, with the bias if there is one; qp, kp, qb from _read(); Q_AT, K_AT those of this row and head."""
     if BIAS != "none":
-        qi = _opaque(i) * 128 + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_l))
-        ki = _opaque(e & 0x1ffffff) * BK + gl.arange(0, BK, gl.SliceLayout(0, s_l))
+        qi, ki = _rows(e, i, BK, W, s_l)
         s = _slanted(s, qi, ki, near, SLOPE, Q_AT, K_AT, n, n_keys, q_first, k_first, h, scale, BIAS, EXPLICIT, 0)
     if e < 0:
-        qi = _opaque(i) * 128 + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_l))
-        ki = _opaque(e & 0x1ffffff) * BK + gl.arange(0, BK, gl.SliceLayout(0, s_l))
-        s = gl.where(_sees(qi, ki, Q_AT, K_AT, BEGIN, n, n_keys, q_first, k_first, h, layer, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING,
-            0) & (ki < n_keys)[None, :], s, -1e30)
+        qi, ki = _rows(e, i, BK, W, s_l)
+        see = _sees(qi, ki, qp, kp, qb, n_keys, q_first, k_first, h, layer, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 0)
+        s = gl.where(see, s, -1e30)
     return s
 
 @gluon.jit
@@ -532,10 +561,12 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
             q = my_q
         mbarrier.wait(k_full.index(stage), phase)
         s = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zs, use_acc=False, is_async=True)
+        qp, kp, qb = _read(e, i * 128 + W * 64, (e & 0x1ffffff) * BK, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first, k_first,
+            EXPLICIT, DOCS, 64, BK, s_l, 0)
         s = warpgroup_mma_wait(0, deps=(s,))
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(stage))
-        s = _scores(s, e, i, b, h, near, Q_AT + b * n, K_AT + mine, BEGIN + b * n, SLOPE, n, n_keys, q_first, k_first, layer, scale, RULE,
+        s = _scores(s, e, i, qp, kp, qb, h, near, Q_AT + b * n, K_AT + mine, SLOPE, n, n_keys, q_first, k_first, layer, scale, RULE,
             BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, BK, W, s_l)
         p, m, l, a = _step(s, m, l, factor)
         p = gl.convert_layout(p.to(ty), gl.DotOperandLayout(0, o_l, 2))
@@ -550,8 +581,10 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
             s = warpgroup_mma(q, k_s.index(nstage).permute((1, 0)), zs, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(stage), phase)
             acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
+            qp, kp, qb = _read(e, i * 128 + W * 64, (e & 0x1ffffff) * BK, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first, k_first,
+                EXPLICIT, DOCS, 64, BK, s_l, 0)
             s = warpgroup_mma_wait(1, deps=(s,))
-            s = _scores(s, e, i, b, h, near, Q_AT + b * n, K_AT + mine, BEGIN + b * n, SLOPE, n, n_keys, q_first, k_first, layer, scale,
+            s = _scores(s, e, i, qp, kp, qb, h, near, Q_AT + b * n, K_AT + mine, SLOPE, n, n_keys, q_first, k_first, layer, scale,
                 RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, BK, W, s_l)
             pf, m, l, a = _step(s, m, l, factor)
             acc = warpgroup_mma_wait(0, deps=(acc,))

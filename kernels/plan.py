@@ -16,7 +16,6 @@ import numpy as np
 
 BLOCKS = 25  # bits of a block's number
 SHARES = 132 * 16  # into so many the work is cut: some for each multiprocessor of a large GPU
-MANY = 64  # pieces of work for each program of a fair share: above, sharing out costs more than it gives
 LEAST = 32  # entries below which a part is not worth its own program
 
 
@@ -113,10 +112,11 @@ def packed(pieces, who):
     return Work(who, *np.ascontiguousarray(table), codes if len(codes) else np.zeros(1, np.int32), np.ascontiguousarray(cut), slots)
 
 
-def in_order(work, programs=132, overhead=2):
+def in_order(work, many, programs=132, overhead=2):
     """The work of all rows and heads as one table, head after head, so that what runs together shares what lies in the cache: (META
     [pieces, 8] (block, lo, hi, slot, row and head), FIRST [programs + 1], the entries); program p does the pieces FIRST[p] to
-    FIRST[p + 1]. One for each piece where there are many, else `programs` with a fair share each. No list is empty: a block that sees
+    FIRST[p + 1]. One for each piece where there are
+    more than `many` for each of them, else `programs` with a fair share each. No list is empty: a block that sees
     nothing gets one partial entry, of which the rule leaves nothing.
     """
     rows = []
@@ -127,7 +127,7 @@ def in_order(work, programs=132, overhead=2):
     nothing = rows[:, 2] <= rows[:, 1]
     rows[nothing, 1], rows[nothing, 2] = len(work.list), len(work.list) + 1
     first = np.arange(len(rows) + 1)
-    if programs < len(rows) <= MANY * programs:
+    if programs < len(rows) <= many * programs:
         # each piece goes to the program that is done first
         who, heap = np.empty(len(rows), np.int64), [(0, p) for p in range(programs)]
         for u, cost in enumerate((rows[:, 2] - rows[:, 1] + overhead).tolist()):
