@@ -3,13 +3,14 @@
 python bench/attention.py                     # all cases; --only targets, --seconds 300
 python bench/attention.py --table RESULT.json # the table and the plot again
 
-Medians of repeated calls, bfloat16, random inputs. TFLOP/s count the pairs that the pattern allows: 4 H D pairs forward, 2.5 times
+Medians over replays of a graph of calls, so the device's time alone; bfloat16, random inputs. TFLOP/s count the pairs that the pattern allows: 4 H D pairs forward, 2.5 times
 that backward. Efficiency: density x time of dense cuDNN / time of the pattern, in the same run. Errors are ||x - exact|| / ||exact||
 against float64, of one key head and its query heads: out, dq, dk, dv up to 32K tokens, above that out and dq of 512 random queries.
 FlexAttention gets its block mask beforehand; its first call, with the mask, is timed apart.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import sys
@@ -58,7 +59,8 @@ def parser():
     p.add_argument("--rep", type=int, default=100, help="milliseconds of repeated calls for each median (default 100)")
     p.add_argument("--scale", type=int, default=1024, help="tokens in a K; smaller to try the script (default 1024)")
     p.add_argument("--no-peers", action="store_true")
-    p.add_argument("--table", metavar="FILE", help="print and draw a result that is there")
+    p.add_argument("--table", metavar="FILE", nargs="+", help="print and draw results that are there; of like rows the last counts")
+    p.add_argument("--cases", metavar="SPEC@TOKENS@HEADS@WIDTH", nargs="+", help="cases of your own: longformer@8@16/16@128, in K tokens")
     p.add_argument("--plot", metavar="FILE.png", help="with --table: draw there")
     p.add_argument("--name", default="attention")
     p.add_argument("--out")
@@ -131,15 +133,35 @@ def errors(got, q, k, v, do, rule):
 
 
 def milliseconds(f, rep):
+    """The time of the device alone for f(): many calls in one graph, the median of its replays, so that a slow host does not count.
+    What cannot be captured is timed call by call."""
     import torch
 
     if device() == "cpu":
         f()
         return 1.0
-    from triton.testing import do_bench
+    stream = torch.cuda.current_stream()
+    ticks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
-    torch.cuda.synchronize()
-    return do_bench(f, warmup=25, rep=rep, return_mode="median")
+    def time_of(g):
+        ticks[0].record()
+        g()
+        ticks[1].record()
+        torch.cuda.synchronize()
+        return ticks[0].elapsed_time(ticks[1])
+
+    f()
+    once = sorted(time_of(f) for _ in range(3))[1]
+    calls = max(1, min(50, int(rep / 5 / once)))
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                f()
+    except RuntimeError as no:
+        print(f"timed call by call: {str(no).splitlines()[0][:100]}", file=sys.stderr)
+        return sorted(time_of(f) for _ in range(9))[4]
+    return sorted(time_of(graph.replay) for _ in range(7))[3] / calls
 
 
 def measure(f, q, k, v, do, rule, flops, rep):
@@ -218,8 +240,6 @@ def inputs(n, H, K, D):
 
 def case(spec, n, H, K, D, args, dense):
     """One row of the table: ours and the peers. dense: times of cuDNN by shape, filled here."""
-    import torch
-
     import plugins
 
     rule = plugins.place(plugins.parse("attention", spec), layer=0, n_layer=1, n_head=H, n_kv_head=K)
@@ -252,10 +272,6 @@ def case(spec, n, H, K, D, args, dense):
         if "forward_ms" in row["flex"]:
             for way in ("forward", "backward"):
                 row[f"{way}_times_flex"] = round(row["flex"][f"{way}_ms"] / row["nanolong"][f"{way}_ms"], 3)
-    del q, k, v, do
-    gc.collect()
-    if device() == "cuda":
-        torch.cuda.empty_cache()
     return row
 
 
@@ -266,14 +282,12 @@ def attempt(f):
         return {"failed": f"{type(no).__name__}: {str(no).splitlines()[-1][:150] if str(no) else ''}"}
 
 
-def extra(args):
-    """What explicit positions and biases cost, and a million tokens in one call."""
+def costs(rule, args):
+    """What explicit positions and biases cost."""
     import torch
 
-    import plugins
     from kernels import Bias
 
-    rule = plugins.parse("attention", L1)
     n = 32 * args.scale
     q, k, v, do = inputs(n, 16, 16, 128)
     flops = 4 * 128 * pairs(rule, n, 16)
@@ -293,8 +307,6 @@ def extra(args):
         out[name] = attempt(both)
         if "forward_ms" in out[name]:
             out[name].update({w: round(flops * (1 if w[0] == "f" else 2.5) / out[name][f"{w}_ms"] / 1e9) for w in ("forward", "backward")})
-    del q, k, v, do
-    out["million"] = attempt(lambda: million(rule, args))
     return out
 
 
@@ -378,23 +390,45 @@ def plot(rows, path):
 def main():
     args = parser().parse_args()
     if args.table:
-        result = json.loads(Path(args.table).read_text())
-        print("\n".join([HEADER, *map(line, result["rows"])]))
-        return plot(result["rows"], args.plot) if args.plot else None
+        rows = [row for path in args.table for row in json.loads(Path(path).read_text())["rows"]]
+        rows = list({(r["pattern"], r["tokens"], r["heads"], r["width"]): r for r in rows}.values())
+        print("\n".join([HEADER, *map(line, rows)]))
+        return plot(rows, args.plot) if args.plot else None
+    import torch
+
     import ops
 
     ops.use(device())
     start, rows, dense = time.time(), [], {}
     result = {"rows": rows}
-    chosen = [c for name in args.only or CASES for c in CASES[name]]
+    chosen = [c for name in args.only or ([] if args.cases else CASES) for c in CASES[name]]
+    for spec, n, heads, width in (text.split("@") for text in args.cases or []):
+        chosen.append((spec, int(n), *map(int, heads.split("/")), int(width)))
+    # a stream that can be captured: work of the backward pass runs where that of the forward pass did
+    aside = torch.cuda.stream(torch.cuda.Stream()) if device() == "cuda" else contextlib.nullcontext()
+    with aside:
+        run(args, chosen, result, start, dense)
+
+
+def run(args, chosen, result, start, dense):
+    """The cases, one after the other; the result is written after each."""
+    rows = result["rows"]
     if args.extra:
-        result["extra"] = extra(args)
+        import plugins
+
+        rule = plugins.parse("attention", L1)
+        result["extra"] = {**costs(rule, args), "million": attempt(lambda: million(rule, args))}
         print(json.dumps(result["extra"]), flush=True)
     for spec, n, H, K, D in chosen:
         if time.time() - start > args.seconds:
             result["not_run"] = len(chosen) - len(rows)
             break
         rows.append(case(spec, n * args.scale, H, K, D, args, dense))
+        gc.collect()
+        if device() == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
         print(line(rows[-1]), flush=True)
         # what was measured stays if the rest is cut off
         path = Path(args.out or common.ROOT / "bench" / "results") / f"{args.name}.json"

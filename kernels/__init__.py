@@ -111,5 +111,6 @@ LEAST = 1 << 17  # scores of a head below which one call with a mask is as good
 
 
 def worth():
-    """The share of all scores below which blocks are faster: measured on CPUs; on a GPU only NANOLONG_KERNEL=blocks takes them."""
-    return 0.0 if ops.on_gpu() else 0.6
+    """The share of all scores below which blocks are faster, forward and backward: measured on CPUs, and with MLX on CUDA. torch on a GPU
+    has Triton instead; what that does not do goes by a mask."""
+    return 0.6 if not ops.on_gpu() else 0.1 if ops.BACKEND == "mlx" else 0.0

@@ -23,14 +23,15 @@ from kernels.named import named, rule_of
 from kernels.spans import behaviours, is_causal
 from ops import Array
 
-BLOCK = 64, 32  # tokens in a block of queries, of keys
+# tokens in a block of queries, of keys (bench/blocks.py --sweep)
+BLOCK = (128, 64) if ops.BACKEND == "mlx" and ops.on_gpu() else (64, 32)
 # keys above which heads that see all before them are left to the framework: MLX's holds all scores of a gradient at once
 ALONE = 0 if ops.BACKEND == "torch" else 1 << 17
 
 
 def stacked():
     """Scores that may live at once: a CPU is best served block by block, a GPU by few large calls."""
-    return 1 << 25 if ops.on_gpu() else 1
+    return 1 << 28 if ops.on_gpu() else 1
 
 
 def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, lse=False):

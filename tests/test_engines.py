@@ -40,9 +40,13 @@ def outcome(use, engine, arrays, *how, **named):
     return [ops.numpy(a) for a in (y, *gradients(f, *qkv))]
 
 
-def agree(use, engine, dtype, arrays, *how, **named):
+def agree(use, engine, dtype, arrays, *how, rows=1, **named):
+    """rows: 0 for queries whose answer is nobody's business, in what broadcasts to the output."""
     for what, a, b in zip("yqkv", *(outcome(use, e, arrays, *how, **named) for e in (engine, "dense"))):
+        a, b = (a * rows, b * rows) if what == "y" else (a, b)
         error = apart(a, b) if dtype == "float32" else np.sqrt(np.mean((a - b) ** 2)) / (b.std() + 1e-9)
+        # where a query sees itself alone its gradient is nothing but rounding
+        error = error if b.any() else np.abs(a).max()
         assert error <= EPS[dtype], "y" if what == "y" else f"gradient of {what}"
 
 
@@ -92,7 +96,7 @@ def test_engines_agree_on_scattered_keys(use, rule, engine):
     k_at[..., :T] = np.arange(30, 30 + T)  # so that no row is empty
     q_at = np.arange(30, 30 + T)
     begin = ops.array(np.where(q_at < 41, 0, 41).astype("int32")[None, None].repeat(B, 0))
-    how = (places(q_at), places(k_at), plugins.parse("attention", rule), begin, 3, 0.2)
+    how = (places(q_at), places(k_at), plugins.parse("attention", rule), begin, 3, 0, 0.2)
     agree(use, engine, "float32", inputs(*shape), *how)
 
 
@@ -192,7 +196,7 @@ def test_padding_does_not_reach_anyone(use, engine):
     use(engine)
     a, b = (ops.numpy(kernels.attend(*qkv, places(at), places(at), rule)) for qkv in (arrays[:3], swapped))
     np.testing.assert_array_equal(a[1, :, :5], b[1, :, :5])
-    agree(use, engine, "float32", [*arrays[:3], arrays[3] * live], places(at), places(at), rule)
+    agree(use, engine, "float32", [*arrays[:3], arrays[3] * live], places(at), places(at), rule, rows=(at >= 0)[:, None, :, None])
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
