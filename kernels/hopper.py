@@ -299,7 +299,8 @@ def backward(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, dq_desc
              H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, ST: gl.constexpr, RULE: gl.constexpr,
                  BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr,
                  OPENING: gl.constexpr, K_HEADS: gl.constexpr, num_warps: gl.constexpr):
-    """dK and dV of a key tile over its query tiles, five products a tile, dQ tiles added to float32 by the copy engine. BQ 64, BK 128, 8 warps and a producer warp.
+    """dK and dV of a key tile over its query tiles, five products a tile, dQ tiles added to float32 by the copy engine. BQ 64, BK
+    128, 8 warps and a producer warp.
         S^T = K Q^T, dP^T = V dO^T        both under way at once
         dV += P^T dO, dK += dS^T Q        P^T and dS^T from registers
         dQ tile = dS K                    dS^T through shared memory; leaves while dK is computed"""
@@ -581,7 +582,8 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
             s = warpgroup_mma(q, k_s.index(nstage).permute((1, 0)), zs, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(stage), phase)
             acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
-            qp, kp, qb = _read(e, i * 128 + W * 64, (e & 0x1ffffff) * BK, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first, k_first,
+            qp, kp, qb = _read(e, i * 128 + W * 64, (e & 0x1ffffff) * BK, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first,
+                k_first,
                 EXPLICIT, DOCS, 64, BK, s_l, 0)
             s = warpgroup_mma_wait(1, deps=(s,))
             s = _scores(s, e, i, qp, kp, qb, h, near, Q_AT + b * n, K_AT + mine, SLOPE, n, n_keys, q_first, k_first, layer, scale,
@@ -680,7 +682,8 @@ def run_forward(q, k, v, out, lse, work, arrays, first, layer, scale, options, k
 
 
 def run_backward(q, k, v, out, lse, do, dlse, dq, dk, dv, work, slots, arrays, first, layer, scale, options):
-    """Fills dq, dk, dv; returns the parts of cut blocks [slots, B K, 2, 128 or 64, D] float32 (None: no block is cut), which add_parts_kernel has to sum.
+    """Fills dq, dk, dv; returns the parts of cut blocks [slots, B K, 2, 128 or 64, D] float32 (None: no block is cut), which
+    add_parts_kernel has to sum.
     D 128: blocks of 64 queries and 128 keys; D 64: 64 and 64, one program for each piece."""
     (B, H, n, D), (K, n_keys) = q.shape, k.shape[1:3]
     meta, start, entries = work
