@@ -3,7 +3,8 @@
 dense.py is the specification. The framework's own fused attention (stock) is taken where it computes the same thing:
 without a mask for plain causal attention of consecutive tokens, with a mask where little is left out. Else attention goes block by
 block, where the pattern leaves any: on CUDA by Triton kernels (triton_.py), elsewhere by gathering (blocks.py).
-NANOLONG_KERNEL=dense forces the specification, stock the fused kernel with a mask, blocks and triton those wherever they apply.
+NANOLONG_KERNEL=dense forces the specification, stock the fused kernel with a mask, blocks and triton those wherever they apply;
+NANOLONG_HOPPER=0 leaves out the kernels made for Hopper GPUs (hopper.py), which triton_.py prefers.
 """
 
 import importlib.util

@@ -142,6 +142,13 @@ def test_documents(dtype, D):
 
 
 @every_kind
+def test_queries_behind_the_last_key(dtype, D):
+    """The last block of keys is cut short by their end, and no query is before that."""
+    for rule in ("full", "window:window=60"):
+        agree(dtype, inputs(1, 4, 2, 40, 90, D, dtype), row(40, 100), row(90), placed(rule, 4, 2))
+
+
+@every_kind
 def test_rows_that_see_nothing(dtype, D):
     rule = placed("window:window=5", 2, 1)
     agree(dtype, inputs(1, 2, 1, 40, 40, D, dtype), row(40), row(40, 20), rule)
