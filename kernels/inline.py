@@ -20,6 +20,7 @@ import triton.language as tl
 import plugins
 
 
+@functools.lru_cache(maxsize=1024)
 def compiled(rule):
     """The rule of a Plugin, with its options, as a triton.jit function (q, k, h, layer) -> bool."""
     return _compiled(plugins.place(rule, layer=0))

@@ -586,7 +586,7 @@ def add_parts(part, work, dk, dv, keys):
 
 def width_of(x):
     """The head width as the kernels have it: a power of two, at least 16."""
-    return triton.next_power_of_2(max(x.shape[3], 16))
+    return 1 << max(x.shape[3] - 1, 15).bit_length()
 
 
 def layer_of(rule):
