@@ -63,6 +63,7 @@ class Config:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0  # the share of each head that rotary positions turn
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -98,6 +99,7 @@ class Config:
         own = {f.name for f in dataclasses.fields(cls)} - {"hf"}
         given = {k: hf[k] for k in own & hf.keys() if hf[k] is not None}
         given["rope_theta"], pos = rope.read(hf, given.get("max_position_embeddings", cls.max_position_embeddings))
+        given["partial_rotary_factor"] = rope.partial(hf) or given.get("partial_rotary_factor", 1.0)
         mechanisms = {"attn": window_of(hf), "pos": pos, **hf.get("nanolong", {})}
         return cls(**{**given, **{k: v for k, v in mechanisms.items() if k in own}}, hf=hf)
 
@@ -105,7 +107,7 @@ class Config:
         """The contents of a config.json that transformers and mlx-lm read; our own fields stand under "nanolong"."""
         own = [f.name for f in dataclasses.fields(self) if f.name != "hf"]
         hf = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **self.hf}
-        hf |= {k: getattr(self, k) for k in own if k not in ("attn", "pos", "memory", "rope_theta")}
+        hf |= {k: getattr(self, k) for k in own if k not in ("attn", "pos", "memory", "rope_theta", "partial_rotary_factor")}
         hf.pop("nanolong", None)
         hf = rope.write(self, hf)
         # what the others' fields do not say, or say as the others need it
@@ -132,16 +134,17 @@ class Segment(NamedTuple):
     at: Places  # positions [B, 1, T]; -1 is padding
     begin: Any  # [B, 1, T] first position of the token's own document, or None: everything is one document
     position: Any  # the layer's position scheme
-    turn: Any  # what the scheme computed from the positions, once for all layers that share it
+    turn: Any  # what the scheme computed from the positions, once for all layers that feel them alike
+    bias: Any  # what the scheme adds to the logits, a kernels.Bias, or None
     close: bool  # the segment ends with this call: forget, compress, summarise now
 
-    def turned(self, x):
-        """Queries or keys [B, H, T, D] as seen from this segment's positions."""
-        return self.position.turned(x, self.turn)
+    def queries(self, q):
+        """This segment's queries [B, H, T, D], as attend() takes them."""
+        return self.position.queries(q, self.turn)
 
-    def turned_to(self, x, pos):
-        """Keys [B, K, n, D] as seen from other positions, [B, 1 or K, n]."""
-        return self.position.turned(x, self.position.turn(pos))
+    def keys(self, k, pos=None):
+        """Keys [B, K, n, D] as attend() takes them, at this segment's positions or at others, [B, 1 or K, n]."""
+        return self.position.keys(k, self.turn if pos is None else self.position.again(pos, self.turn))
 
 
 class Attention(Module):
@@ -202,13 +205,15 @@ class Decoder(Module):
         L, heads = c.num_hidden_layers, {"n_head": c.num_attention_heads, "n_kv_head": c.num_key_value_heads}
         chosen = ("attention", c.attn), ("memory", c.memory), ("positions", c.pos)
         rules, memories, schemes = (plugins.tile(*what, L, **heads) for what in chosen)
-        distinct = list(dict.fromkeys((p.name, p.options) for p in schemes))
+        # one instance for all layers that feel distance alike, unless each has weights of its own
+        alone = lambda i, p: i if getattr(p.module, "per_layer", lambda o: False)(p.options) else None
+        which = [(p.name, p.options, alone(i, p)) for i, p in enumerate(schemes)]
+        distinct = list(dict.fromkeys(which))
         self.embed_tokens = ops.Embedding(c.vocab_size, c.hidden_size)
         self.layers = ModuleList([Block(c, rule, remember(m, rule, c)) for rule, m in zip(rules, memories)])
         self.norm = ops.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        # one instance for all layers that feel distance alike
-        self.positions = ModuleList([build(next(p for p in schemes if (p.name, p.options) == d), "Position", c) for d in distinct])
-        self.feels = tuple(distinct.index((p.name, p.options)) for p in schemes)
+        self.positions = ModuleList([build(schemes[which.index(d)], "Position", c) for d in distinct])
+        self.feels = tuple(map(distinct.index, which))
         self.run = ops.call  # how a block is called: compiled, or recomputed in the backward pass (ops.fast_call, ops.checkpoint)
 
     def patterns(self, training):
@@ -222,8 +227,11 @@ class Decoder(Module):
 
     def forward(self, x, at, begin, close, states):
         """x [B, T, C] -> [B, T, C] and the layers' new states."""
-        segments = [Segment(at, begin, p, p.turn(at.at), close) for p in self.positions]
-        after = []
+        turns, after = {}, []
+        for p in self.positions:
+            if p.felt not in turns:
+                turns[p.felt] = p.turn(at, begin)
+        segments = [Segment(at, begin, p, turns[p.felt], p.bias(), close) for p in self.positions]
         for block, i, s in zip(self.layers, self.feels, states):
             x, s = self.run(block, x, segments[i], s)
             after.append(s)
@@ -314,7 +322,10 @@ class Llama(Module):
         shapes = {name: p.shape for name, p in ops.parameters(self).items()}
         for name in names:
             said = None
-            if own(name):
+            if name.startswith(POSITIONS):
+                i, _, leaf = name.removeprefix(POSITIONS).partition(".")
+                said = self.model.positions[int(i)].initial(leaf)
+            elif own(name):
                 attn, leaf = self.model.layers[int(name.split(".")[2])].self_attn, name.partition(".memory.")[2]
                 said = attn.memory.initial(attn, leaf)
             if said is None:
@@ -326,7 +337,10 @@ class Llama(Module):
 
 def own(name):
     """Is this parameter a mechanism's own, which other libraries do not know?"""
-    return ".memory." in name
+    return ".memory." in name or name.startswith(POSITIONS)
+
+
+POSITIONS = "model.positions."
 
 
 def remember(memory, rule, c):

@@ -35,14 +35,16 @@ class Pattern(Memory):
             return s
         T = max(T, 1)
         x, pos, begin = x[:, :T], seg.at.at[:, :, :T], None if seg.begin is None else seg.begin[:, :, :T]
-        q, k = (seg.turned_to(attn.heads(f(x)), pos) for f in (self.q_global, self.k_global))
-        new = {"k": k, "v": attn.heads(self.v_global(x)), "pos": pos}
+        turn = seg.position.again(pos, seg.turn)
+        q = seg.position.queries(attn.heads(self.q_global(x)), turn)
+        # they are few: turned as they are seen, whatever the scheme
+        new = {"k": attn.heads(self.k_global(x)), "v": attn.heads(self.v_global(x)), "pos": pos}
         old = s.get("global") or {f: blank(f, a, self.n) for f, a in new.items()}
         seen = {f: ops.cat([old[f], a], 2) for f, a in new.items()}
         # the first call of a text sees only itself, at places that the host may know
         keys, slots = (seen, Places(seen["pos"])) if "global" in s else (new, Places(pos, first))
         scale = seg.position.temperature * self.c.head_dim**-0.5
-        y = attend(q, keys["k"], keys["v"], Places(pos, first), slots, self.among, begin, scale=scale)
+        y = attend(q, seg.keys(keys["k"], keys["pos"]), keys["v"], Places(pos, first), slots, self.among, begin, scale=scale, bias=seg.bias)
         # the newest are all that a later global token of the same document may need
         keep = ops.top(seen["pos"], self.n)
         return {**s, "now": y, "global": {f: ops.take(a, keep) for f, a in seen.items()}}

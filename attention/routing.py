@@ -86,7 +86,8 @@ class Pattern(Memory):
         cluster = ops.where(seg.at.at < 0, -1, ops.cast(ops.argmax(score, -1), ops.int32))
         if self.learning:
             s = {**s, "seen": (ops.swap(self.belongs(cluster), 2, 3) @ ops.stop(x)).sum(0)}  # [R, c, D]
-        x = seg.turned(ops.cast(x, q.dtype))
+        # keys that are queries too: what a scheme does to both alike, and no bias
+        x = seg.position.turned(ops.cast(x, q.dtype), seg.turn)
         rank = self.ranks(cluster, s)
         s = self.put(s, {"shared": x, "cluster": cluster, "rank": rank}, before)
         used = self.used(s)
@@ -99,7 +100,10 @@ class Pattern(Memory):
             return y, s
         # whole key heads as they are, else one for each query head
         k, v = (ops.repeat(used[f], H // K, 1)[:, :L] if L * K % H and K > 1 else used[f][:, : max(1, L * K // H)] for f in "kv")
-        near = attend(seg.turned(q[:, :L]), k, v, seg.at, Places(used["pos"], used["first"]), self.near, seg.begin, scale=scale)
+        if seg.position.late:
+            k = seg.keys(k, used["pos"])
+        q, bias = seg.queries(q)[:, :L], seg.bias and seg.bias.of(range(L))
+        near = attend(q, k, v, seg.at, Places(used["pos"], used["first"]), self.near, seg.begin, scale=scale, bias=bias)
         return ops.cat([near, y], 1), s
 
     def directions(self):  # [R, c, D]

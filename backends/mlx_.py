@@ -224,14 +224,21 @@ def known(x):
         return None
 
 
-_turns = {}
+_constants = {}
+
+
+def constant(numbers):
+    """A tuple of numbers as an array, int32 or float32, made once: what a module needs again and again."""
+    if numbers not in _constants:
+        _constants[numbers] = mx.array(numbers, dtype=int32 if isinstance(numbers[0], int) else float32)
+    return _constants[numbers]
 
 
 def angles(pos, per_turn):
-    """Angles in radians, [..., n, pairs], of integer positions at frequencies given in 2^-32 turns a token: exact for any position."""
-    if per_turn not in _turns:
-        _turns[per_turn] = mx.array(per_turn, dtype=mx.uint32)
-    return (pos.astype(mx.uint32)[..., None] * _turns[per_turn]).astype(float32) * (6.283185307179586 / 2**32)
+    """Angles in radians, [..., n, pairs], of integer positions [..., n] at frequencies in 2^-32 turns a token, a tuple or an integer
+    array: exact for any position."""
+    per_turn = constant(per_turn) if isinstance(per_turn, tuple) else per_turn
+    return (pos.astype(mx.uint32)[..., None] * per_turn.astype(mx.uint32)).astype(float32) * (6.283185307179586 / 2**32)
 
 
 def sdpa(q, k, v, mask, scale):
@@ -333,9 +340,22 @@ def write_safetensors(path, arrays):
 
 def checkpoint(module, x, *rest):
     """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
-    # a method's weights are those of the module that it belongs to
-    owner = getattr(module, "__self__", module)
-    return nn.utils.checkpoint(owner, lambda x: module(x, *rest))(x)
+    # gradients reach what is an argument and nothing else: arrays, and the weights of this module and of those in `rest`.
+    # A method's weights are those of the module that it belongs to
+    owners, arrays, is_module = [getattr(module, "__self__", module)], [], lambda t: isinstance(t, nn.Module)
+    differs = lambda t: is_array(t) and mx.issubdtype(t.dtype, mx.floating)
+    _tree_map(lambda t: owners.append(t) if is_module(t) else arrays.append(t) if differs(t) else None, rest, is_leaf=is_module)
+
+    def again(weights, x, arrays):
+        given, before = iter(arrays), [owner.trainable_parameters() for owner in owners]
+        swap_in = lambda weights: [owner.update(w) for owner, w in zip(owners, weights)]
+        swap_in(weights)
+        try:
+            return module(x, *_tree_map(lambda t: next(given) if differs(t) else t, rest, is_leaf=is_module))
+        finally:
+            swap_in(before)
+
+    return mx.checkpoint(again)([owner.trainable_parameters() for owner in owners], x, arrays)
 
 
 def value_and_grad(model, f):

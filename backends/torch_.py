@@ -256,15 +256,22 @@ def known(x):
 _host = collections.deque(maxlen=4)  # arrays that were asked for, their versions then, and their numbers
 
 
-_turns = {}
+_constants = {}
+
+
+def constant(numbers):
+    """A tuple of numbers as an array, int32 or float32, made once: what a module needs again and again."""
+    key = numbers, device()
+    if key not in _constants:
+        _constants[key] = torch.tensor(numbers, dtype=int32 if isinstance(numbers[0], int) else float32, device=device())
+    return _constants[key]
 
 
 def angles(pos, per_turn):
-    """Angles in radians, [..., n, pairs], of integer positions at frequencies given in 2^-32 turns a token: exact for any position."""
-    key = per_turn, pos.device
-    if key not in _turns:
-        _turns[key] = torch.tensor(per_turn, dtype=torch.int64, device=pos.device)
-    return (pos.long()[..., None] * _turns[key] & 0xFFFFFFFF).float() * (6.283185307179586 / 2**32)
+    """Angles in radians, [..., n, pairs], of integer positions [..., n] at frequencies in 2^-32 turns a token, a tuple or an integer
+    array: exact for any position."""
+    per_turn = constant(per_turn) if isinstance(per_turn, tuple) else per_turn
+    return (pos.long()[..., None] * per_turn.long() & 0xFFFFFFFF).float() * (6.283185307179586 / 2**32)
 
 
 def sdpa(q, k, v, mask, scale):

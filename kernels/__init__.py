@@ -41,6 +41,10 @@ class Bias(NamedTuple):
     slope: Any = None
     table: Any = None
 
+    def of(self, heads):
+        """The same for some of the heads, neighbours, a range."""
+        return Bias(*(None if x is None else x[heads.start : heads.stop] for x in self))
+
 
 if TRITON:
     from kernels import triton_

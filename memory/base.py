@@ -1,7 +1,8 @@
 """What one layer remembers: slots, each with a position (-1: empty). Read with the segment, forgotten only when it closes.
 
 A layer's state is a dict that is passed in and handed back:
-    k, v      [B, K, N, D]  what the slots hold, keys already turned to their positions (a policy may hold other fields)
+    k, v      [B, K, N, D]  what the slots hold (a policy may hold other fields). Keys are turned to their positions already, unless the
+              position scheme is `late`: then they wait as they are, and are turned as they are seen
     pos       [B, 1, N], or [B, K, N] where heads remember different tokens
     n         slots in use, the rest being room: an int while the host knows it, an array inside a static graph
     first     the position of slot 0 if the slots in use are consecutive and the host knows it, else None
@@ -34,10 +35,10 @@ class Memory(Module):
     def pack(self, attn, x, seg):
         """What to store of the segment's tokens: field -> [B, K, T, ...]. x [B, T, C] is the layer's normed input."""
         k, v = attn.kv(x)
-        return {"k": seg.turned(k), "v": v}
+        return {"k": k if seg.position.late else seg.keys(k), "v": v}
 
     def unpack(self, attn, s):
-        """k, v [B, K, N, D] of every slot, keys turned to where they stand."""
+        """k, v [B, K, N, D] of every slot, keys as pack() has them."""
         return s["k"], s["v"]
 
     def rank(self, seg, s):
@@ -79,9 +80,12 @@ class Memory(Module):
         """Past and present are one array of slots. q [B, H, T, D], not yet turned -> [B, H, T, D], state."""
         used = self.used(s)
         k, v = self.unpack(attn, used)
+        if seg.position.late:
+            # a text's first segment sees itself alone
+            k = seg.keys(k, None if isinstance(s["n"], int) and s["n"] == q.shape[2] else used["pos"])
         slots = Places(used["pos"], used["first"])
         scale = seg.position.temperature * q.shape[-1] ** -0.5
-        return attend(seg.turned(q), k, v, seg.at, slots, attn.rule, seg.begin, self.always, self.opening, scale), s
+        return attend(seg.queries(q), k, v, seg.at, slots, attn.rule, seg.begin, self.always, self.opening, scale, seg.bias), s
 
     def close(self, attn, seg, s):
         """The segment ends: what is over the size is forgotten, and there is room for the next segment behind what stays."""

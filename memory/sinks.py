@@ -1,5 +1,6 @@
 """StreamingLLM (Xiao et al. 2023, arXiv:2309.17453): attention sinks, the document's first tokens, and the newest tokens,
-numbered by their place in the cache, so that distances never exceed it however long the text grows.
+numbered by their place in the cache, so that distances never exceed it however long the text grows. (With kv_positions=absolute
+tokens stay where they stood.)
 
 Only distances count, so instead of moving every recent key back at each close, the few sinks move forward to stand just
 before the oldest recent key. A sink is turned from its unrotated key each time: turning a turned key again and again would
@@ -13,11 +14,14 @@ from memory.base import Memory as Base
 class Options:
     budget: int = 1024  # tokens kept, the sinks included
     sinks: int = 4  # first tokens that always stay
+    kv_positions: str = "reindex"  # reindex: the sinks follow the newest tokens; absolute: nothing moves
 
 
 def check(o):
     if not 0 <= o.sinks < o.budget:
         raise ValueError(f"sinks={o.sinks}, budget={o.budget}: the budget must be larger than the sinks that it includes")
+    if o.kv_positions not in ("reindex", "absolute"):
+        raise ValueError(f"kv_positions={o.kv_positions} is not known: choose reindex or absolute")
 
 
 class Memory(Base):
@@ -36,14 +40,20 @@ class Memory(Base):
         return ops.where(since < self.o.sinks, 1e9 - ops.cast(since, ops.float32), ops.cast(s["pos"], ops.float32))
 
     def forget(self, attn, seg, s):
-        s, n = self.with_sinks(super().forget(attn, seg, s)), self.o.sinks
+        s, n = super().forget(attn, seg, s), self.o.sinks
+        if self.o.kv_positions == "absolute":
+            return s
         pos, born, rest = s["pos"][:, :, :n], s["born"][:, :, :n], s["pos"][:, :, n:]
-        # the same sinks as before keep the key that they were born with
-        plain = ops.where((born == s["sink_born"])[..., None], s["sink"], seg.turned_to(s["k"][:, :, :n], -pos))
         oldest = -ops.amax(ops.where(rest < 0, -(2**30), -rest), 2)
         at = ops.where((pos >= 0) & (oldest < 2**30), oldest - n + ops.arange(n, pos), pos)
-        k = ops.cat([seg.turned_to(plain, at), s["k"][:, :, n:]], 2)
-        return {**s, "k": k, "pos": ops.cat([at, rest], 2), "sink": plain, "sink_born": born}
+        s = {**s, "pos": ops.cat([at, rest], 2)}
+        if seg.position.late:
+            return s
+        s = self.with_sinks(s)
+        # the same sinks as before keep the key that they were born with
+        plain = ops.where((born == s["sink_born"])[..., None], s["sink"], seg.keys(s["k"][:, :, :n], -pos))
+        k = ops.cat([seg.keys(plain, at), s["k"][:, :, n:]], 2)
+        return {**s, "k": k, "sink": plain, "sink_born": born}
 
     def with_sinks(self, s):
         """`sink` [B, K, sinks, D], the unturned keys of the sinks, and `sink_born` [B, 1, sinks]; -2: not known yet."""

@@ -12,6 +12,7 @@ from positions import ntk, yarn
 TYPES = {
     "default": ("rope", {}),
     "linear": ("pi", {"factor": "factor"}),
+    "dynamic": ("dynamic", {"factor": "factor"}),
     "llama3": (
         "llama3",
         {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor", "original": "original_max_position_embeddings"},
@@ -35,6 +36,11 @@ def original(hf, longest):
     """Tokens before scaling, as transformers looks for it; longest: max_position_embeddings, which stands in where nothing is said."""
     L = hf.get("original_max_position_embeddings") or fields(hf).get("original_max_position_embeddings") or longest
     return int(L) if isinstance(L, float) else L
+
+
+def partial(hf):
+    """The share of each head that turns, or None."""
+    return fields(hf).get("partial_rotary_factor") or (hf.get("rope_parameters") or {}).get("partial_rotary_factor")
 
 
 def read(hf, longest=2048):
@@ -73,7 +79,10 @@ def write(c, hf):
     o, theta = plugins.parse("positions", c.pos).options, c.rope_theta
     rope = {"rope_type": kind, **{theirs: getattr(o, k) for k, theirs in TYPES[kind][1].items()}}
     if name == "ntk":
-        theta, longest = ntk.base(theta, o.factor, c.head_dim), round(longest * o.factor)
+        theta, longest = ntk.base(theta, o.factor, int(c.head_dim * c.partial_rotary_factor)), round(longest * o.factor)
+    if name == "dynamic":
+        # transformers and mlx-lm take max_position_embeddings for the length before scaling
+        longest = o.original or longest
     if "original_max_position_embeddings" in rope:
         L = rope["original_max_position_embeddings"] = o.original or longest
         longest = max(longest, round(L * o.factor))
@@ -84,6 +93,8 @@ def write(c, hf):
         rope["mscale"] = (o.attention_factor - 1) / (yarn.sharpness(o.factor) - 1)
     # an original length beside the rope fields would overrule theirs
     hf = {k: v for k, v in hf.items() if k != "original_max_position_embeddings"}
+    if (share := getattr(o, "partial", 0) or c.partial_rotary_factor) != 1:
+        rope["partial_rotary_factor"] = share
     return {**hf, **spell(rope, theta), "max_position_embeddings": longest}
 
 
@@ -91,6 +102,6 @@ def spell(rope, theta):
     """Both spellings."""
     return {
         "rope_theta": theta,
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "rope_scaling": None if rope == {"rope_type": "default"} else rope,
         "rope_parameters": {**rope, "rope_theta": theta},
     }

@@ -27,11 +27,13 @@ class Position(Rope):
 
     def frequencies(self):
         which = "long_factor" if self.c.max_position_embeddings > self.original else "short_factor"
-        factors, pairs = self.rope.get(which), self.c.head_dim // 2
+        factors, pairs = self.rope.get(which), self.D // 2
         if not isinstance(factors, list):
             raise ValueError(f"config.json must list {which} among its rope fields, one number for each of the {pairs} pairs")
         if len(factors) != pairs:
-            raise ValueError(f"{which} in config.json has {len(factors)} numbers, but head_dim={self.c.head_dim} makes {pairs} pairs")
+            raise ValueError(
+                f"{which} in config.json has {len(factors)} numbers, but {self.D} channels of a head turn, which makes {pairs} pairs"
+            )
         if not all(isinstance(x, int | float) and x > 0 for x in factors):
             raise ValueError(f"{which} in config.json must hold numbers above 0")
         return [f / x for f, x in zip(super().frequencies(), factors)]

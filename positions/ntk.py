@@ -22,8 +22,8 @@ def base(theta, factor, D):
 
 class Position(Rope):
     def frequencies(self):
-        D = self.c.head_dim
+        D = self.D
         if D == 2:
-            raise ValueError("head_dim=2 is a single pair, which no other base can slow: use --pos pi")
+            raise ValueError("a single pair turns, which no other base can slow: use --pos pi")
         theta = base(self.c.rope_theta, self.o.factor, D)
         return [theta ** (-2 * i / D) for i in range(D // 2)]

@@ -40,7 +40,7 @@ class Position(Rope):
         self.temperature = (o.attention_factor or sharpness(o.factor)) ** 2
 
     def frequencies(self):
-        o, D, theta = self.o, self.c.head_dim, self.c.rope_theta
+        o, D, theta = self.o, self.D, self.c.rope_theta
         if theta <= 1:
             raise ValueError(f"rope_theta={theta} turns all pairs alike, so there are no parts: it must be above 1")
         L = o.original or self.c.max_position_embeddings

@@ -259,8 +259,6 @@ def test_a_temperature_multiplies_the_logits(memory):
 @every("memory", MEMORY)
 def test_a_text_that_starts_at_a_million(pos, memory):
     """Positions from 2^20 on give the logits of positions from 0 on: angles are exact at any distance."""
-    if name(pos) in LENGTH_MATTERS:
-        pytest.skip("its frequencies move with the length")
     model = tiny(pos=pos, memory=memory)
     begin = np.full((1, T), 2**20, "int32")
     near = run(model, text(T), SEGMENTS, begin=begin * 0)
