@@ -94,6 +94,6 @@ class Rotary(Position):
 
     def turned(self, x, turn):
         cos, sin = (ops.cast(t, x.dtype) for t in turn[:2])
-        x, rest = (x, []) if self.D == x.shape[-1] else (x[..., : self.D], [x[..., self.D :]])
+        x, rest = (x, []) if x.shape[-1] == self.D else (x[..., : self.D], [x[..., self.D :]])
         a, b = ops.split(x, 2, -1)
         return ops.cat([a * cos - b * sin, b * cos + a * sin, *rest], -1)

@@ -11,8 +11,6 @@ Queries and keys become `width` channels wider, and any attention computes the w
 not needed. Each layer has its own W_R, u and v (the authors' `untie_r`).
 """
 
-import math
-
 import ops
 from positions.base import Position as Base
 from positions.base import whole_turns
