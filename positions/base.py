@@ -77,6 +77,8 @@ class Rotary(Position):
     def __init__(self, c, o):
         super().__init__(c, o)
         share = getattr(o, "partial", 0) or c.partial_rotary_factor
+        if not 0 < share <= 1:
+            raise ValueError(f"partial_rotary_factor={share:g} is no share of a head: it must be above 0 and at most 1")
         self.D = int(c.head_dim * share)
         if self.D % 2 or not self.D:
             what = f"head_dim={c.head_dim}" if share == 1 else f"{share:g} of head_dim={c.head_dim}"

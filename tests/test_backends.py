@@ -18,6 +18,9 @@ COMBINATIONS = {
     "longformer, llama3, tied": {"attn": "longformer:window=5,n_global=2", "pos": "llama3:original=16", "tie_word_embeddings": True},
     "joined, routing": {"attn": "window:window=5|strided:window=1,stride=6/routing:clusters=3,window=5"},
     "own projections": {"attn": "longformer:window=5,n_global=4,own_projections=true"},
+    "alibi, t5": {"pos": "alibi/t5:buckets=6,distance=9", "attn": "longformer:window=5,n_global=2"},
+    "xl, t5 by layer": {"pos": "xl:width=6/t5:buckets=6,distance=9,layers=own", "memory": "sinks:budget=10,sinks=2"},
+    "dynamic, in part": {"pos": "dynamic:original=16", "partial_rotary_factor": 0.5},
     "mixed, sinks, biases": {"attn": "full/window:window=6", "pos": "pi", "memory": "sinks:budget=10,sinks=2", "attention_bias": True},
 }
 # logits, loss and gradients of a text in three segments, then 20 steps of AdamW on other texts

@@ -34,6 +34,8 @@ LLAMA = {
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     "linear, older": {"rope_scaling": {"type": "linear", "factor": 3.0}},
     "llama3": {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "dynamic": {"max_position_embeddings": 32, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "dynamic, older": {"max_position_embeddings": 128, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "yarn": {"rope_scaling": {"rope_type": "yarn", **YARN}},
     "yarn, older": {"rope_scaling": {"type": "yarn", "factor": 2.0}},
     "yarn, ends": {"rope_scaling": {"rope_type": "yarn", "beta_fast": 8, "beta_slow": 2.0, "truncate": False, **YARN}},
@@ -104,7 +106,8 @@ def test_logits_equal_transformers(kind, changes, tmp_path, tokenizer_files):
     model, _ = load(folder, dtype="float32")
     want = logits(reference, text())
     assert apart(run(model, text()), want) < 1e-4
-    assert apart(run(model, text(), [[20], [1] * 5, [35]], room=60), want) < 1e-4
+    if "dynamic" not in model.config.pos or model.config.max_position_embeddings > 60:
+        assert apart(run(model, text(), [[20], [1] * 5, [35]], room=60), want) < 1e-4
 
 
 @every
@@ -132,6 +135,34 @@ def test_far_positions(n, tmp_path, tokenizer_files):
     with torch.no_grad():
         want = reference(torch.as_tensor(text(20)[:1]).long(), position_ids=at).logits.numpy()
     assert apart(run(model, text(20)[:1], [[20]], at=n), want) < 2e-3
+
+
+SCHEMES = ["theta", "linear", "dynamic", "llama3", "yarn", "yarn, mscale", "longrope"]
+
+
+@pytest.mark.parametrize("n", [3000, 2**20, 2**22 - 40])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_far_out_in_float64(scheme, n, tmp_path, tokenizer_files, monkeypatch):
+    """Up to four million tokens out, for every scheme, our float32 gives the logits of transformers reckoning in float64."""
+    import torch
+
+    reference = theirs("llama", LLAMA[scheme])
+    folder = folder_of(reference, tmp_path, tokenizer_files)
+    model, _ = load(folder, dtype="float32")
+    for name in ("float", "float32"):
+        monkeypatch.setattr(torch, name, torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    exact = type(reference)(reference.config)
+    exact.load_state_dict(reference.state_dict())
+    with torch.no_grad():
+        want = exact.double()(torch.as_tensor(text(40)[:1]).long(), position_ids=torch.arange(n, n + 40)[None]).logits.numpy()
+    monkeypatch.undo()
+    assert want.dtype == np.float64
+    got = run(model, text(40)[:1], [[40]], at=n)
+    assert apart(got, want) < 1e-3
+    with torch.no_grad():
+        rounded = reference(torch.as_tensor(text(40)[:1]).long(), position_ids=torch.arange(n, n + 40)[None]).logits.numpy()
+    assert n < 2**20 or apart(rounded, want) > 10 * apart(got, want), "or this test is blind: float32 angles are off"
 
 
 def test_mistral_layer_types(tmp_path, tokenizer_files):

@@ -14,7 +14,7 @@ from errors import Refused
 from model import Config, Llama, load, save
 from positions import _hf
 
-TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 GRID = list(itertools.product([16, 64, 80, 128], [100.0, 10000.0, 5e5], [1.0, 4.0, 31.5], [64, 4096, 8192]))
 MORE = {
     "yarn": [
@@ -26,6 +26,8 @@ MORE = {
     ],
     "longrope": [{}, {"attention_factor": 1.3}, {"factor": None}],
 }
+# tokens in all, in units of max_position_embeddings: frequencies that move with it
+LENGTHS = {"dynamic": [0.5, 1.0, 1.7, 32]}
 
 
 def scheme(c):
@@ -60,12 +62,18 @@ def test_frequencies_and_temperature_equal_transformers(kind, monkeypatch):
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch, "float32", torch.float64)
     theirs = ROPE_INIT_FUNCTIONS.get(kind, LlamaRotaryEmbedding.compute_default_rope_parameters)
-    for (D, theta, factor, L), more in itertools.product(GRID, MORE.get(kind, [{}])):
-        hf = config(D, theta, L, {**rope_fields(kind, D, factor, L), **more})
+    # the default type alone takes no notice of partial_rotary_factor there
+    shares = (1.0,) if kind == "default" else (1.0, 0.5)
+    for (D, theta, factor, L), more, share in itertools.product(GRID, MORE.get(kind, [{}]), shares):
+        rope = {**rope_fields(kind, int(D * share), factor, L), **more, **({} if share == 1 else {"partial_rotary_factor": share})}
+        hf = config(D, theta, L, rope)
         ours = scheme(Config.from_hf(hf))
-        f, m = theirs(LlamaConfig(**{**hf, "rope_scaling": {"rope_theta": theta, **hf["rope_scaling"]}}), seq_len=L + 1)
-        np.testing.assert_allclose(ours.frequencies(), np.float64(f), rtol=1e-6, err_msg=f"{D} {theta} {factor} {L} {more}")
-        assert ours.temperature == pytest.approx(m**2, rel=1e-6)
+        for times in LENGTHS.get(kind, [None]):
+            n = int(2 * L * times) if times else L + 1
+            f, m = theirs(LlamaConfig(**{**hf, "rope_scaling": {"rope_theta": theta, **hf["rope_scaling"]}}), seq_len=n)
+            mine = ours.frequencies(n) if times else ours.frequencies()
+            np.testing.assert_allclose(mine, np.float64(f), rtol=1e-6, err_msg=f"{D} {theta} {factor} {L} {more} {share} {n}")
+            assert ours.temperature == pytest.approx(m**2, rel=1e-6)
 
 
 def test_ntk_slows_the_slowest_pair_as_interpolation_does():
@@ -94,6 +102,8 @@ def test_yarn_by_parts():
 SPOKEN = {
     "rope": "default",
     "pi:factor=3": "linear",
+    "dynamic:factor=3": "dynamic",
+    "dynamic:original=16": "dynamic",
     "ntk:factor=4": "default",
     "llama3:original=16": "llama3",
     "yarn:factor=4": "yarn",
@@ -138,7 +148,10 @@ def test_others_read_a_scheme_from_the_flag(before, pos, tmp_path, tokenizer_fil
     assert scheme(bare).temperature == pytest.approx(scheme(model.config).temperature)
 
 
-@pytest.mark.parametrize("pos, longest", [("rope", 32), ("pi", 32), ("ntk", 128), ("yarn", 128), ("yarn:original=16,factor=8", 128)])
+@pytest.mark.parametrize(
+    "pos, longest",
+    [("rope", 32), ("pi", 32), ("ntk", 128), ("yarn", 128), ("yarn:original=16,factor=8", 128), ("dynamic", 32), ("dynamic:original=16", 16)],
+)
 def test_the_length_that_others_see(pos, longest):
     """transformers expects yarn's factor to be the ratio of the lengths; of a changed base nothing else tells."""
     c = Config(**TINY, max_position_embeddings=32, pos=pos)
@@ -249,8 +262,9 @@ def test_impossible_models_are_refused(changes, says):
 @pytest.mark.parametrize(
     "rope, says",
     [
-        ({"rope_type": "nonsense"}, "rope type 'nonsense'.* default, linear, llama3, yarn, longrope"),
-        ({"type": "dynamic", "factor": 2.0}, "rope type 'dynamic'"),
+        ({"rope_type": "nonsense"}, "rope type 'nonsense'.* default, linear, dynamic, llama3, yarn, longrope"),
+        ({"type": "mrope"}, "rope type 'mrope'"),
+        ({"type": "dynamic", "factor": 0.5}, "factor=0.5 would shorten"),
         ({"type": "linear", "factor": 0.5}, "factor=0.5 would shorten"),
         ({"type": "yarn", "factor": "much"}, "factor takes a number"),
         ({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": "far"}, "original takes a whole number"),
