@@ -134,6 +134,14 @@ def test_slopes_of_the_paper():
         assert len(s) == len(set(s)) == H and all(0 < x < 1 for x in s)
 
 
+@pytest.mark.parametrize("pos", [*NAIVE, "rope", "dynamic:original=16", "yarn:original=16"])
+def test_projections_of_global_tokens_feel_distance_too(pos):
+    """A second set of projections, which begins as a copy, gives what the first gives, whatever the scheme."""
+    own, plain = (tiny("longformer:window=5,n_global=4" + more, pos) for more in (",own_projections=true", ""))
+    for segments in (None, whole(T)) if "dynamic" not in pos else (None, [[T]]):
+        assert apart(run(own, text(T), segments), run(plain, text(T), segments)) < 1e-4
+
+
 # ---------------------------------------------------------------- t5
 
 
@@ -229,7 +237,9 @@ def test_dynamic_from_numbers_on_the_device():
         np.testing.assert_allclose(unknown, known, rtol=1e-6, atol=1)
 
 
-@pytest.mark.parametrize("pos", ["dynamic:original=16", "alibi", "t5:buckets=6,distance=9", "xl", "none", "yarn:original=16", "rope:partial=0.5"])
+@pytest.mark.parametrize(
+    "pos", ["dynamic:original=16", "alibi", "t5:buckets=6,distance=9", "xl", "none", "yarn:original=16", "rope:partial=0.5"]
+)
 @pytest.mark.parametrize("memory", ["full", "window:budget=10", "sinks:budget=10,sinks=2", "sinks:budget=10,sinks=2,kv_positions=absolute"])
 def test_static_steps_equal_plain_ones(pos, memory):
     """One token a call as a static graph has it, closes included: for every scheme and memory."""

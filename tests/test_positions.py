@@ -150,7 +150,15 @@ def test_others_read_a_scheme_from_the_flag(before, pos, tmp_path, tokenizer_fil
 
 @pytest.mark.parametrize(
     "pos, longest",
-    [("rope", 32), ("pi", 32), ("ntk", 128), ("yarn", 128), ("yarn:original=16,factor=8", 128), ("dynamic", 32), ("dynamic:original=16", 16)],
+    [
+        ("rope", 32),
+        ("pi", 32),
+        ("ntk", 128),
+        ("yarn", 128),
+        ("yarn:original=16,factor=8", 128),
+        ("dynamic", 32),
+        ("dynamic:original=16", 16),
+    ],
 )
 def test_the_length_that_others_see(pos, longest):
     """transformers expects yarn's factor to be the ratio of the lengths; of a changed base nothing else tells."""

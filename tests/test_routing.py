@@ -8,7 +8,7 @@ import kernels
 import ops
 import plugins
 from errors import Refused
-from kernels import Places
+from kernels import Bias, Places
 from model import Config, Llama, Segment, load, save
 from positions.base import Position
 
@@ -29,12 +29,20 @@ class Loud(Position):
     """Stands for rotation: what stands later is louder, and logits count double."""
 
     temperature = 2.0
+    late = False
 
-    def turn(self, pos):
-        return 1 + ops.cast(pos, ops.float32) / 10
+    def turn(self, at, begin=None):
+        return 1 + ops.cast(at.at, ops.float32) / 10
 
     def turned(self, x, turn):
         return x * turn[..., None]
+
+
+class Slanted(Position):
+    """A bias by distance, steeper in later heads."""
+
+    def bias(self):
+        return Bias(slope=ops.array(np.array([0.1, 0.5, 1.0, 2.0], "float32")))
 
 
 def attend(memory, q, v, begin=None, at=None, k=None, kind=Position):
@@ -45,7 +53,7 @@ def attend(memory, q, v, begin=None, at=None, k=None, kind=Position):
     c = Config(vocab_size=9, hidden_size=8, num_attention_heads=1)
     begin = None if begin is None else ops.array(np.broadcast_to(begin, at.shape).astype("int32"))
     places, position = Places(ops.array(at.astype("int32")), None if padded else 0), kind(c, None)
-    seg = Segment(places, begin, position, position.turn(places.at), False)
+    seg = Segment(places, begin, position, position.turn(places), position.bias(), False)
     q, k, v = (ops.array(x.astype("float32")) for x in (q, np.zeros_like(v) if k is None else k, v))
     s = {"n": n, "first": seg.at.first, "capacity": 0, "k": k, "v": v, "pos": seg.at.at}
     y, s = memory.attend(None, q, seg, s)
@@ -71,11 +79,11 @@ def oracle(q, v, members, begin=None, top=None, loud=0.0, scale=D**-0.5):
     return out / np.maximum(count, 1)
 
 
-def window(q, k, v, n, begin=None):
+def window(q, k, v, n, begin=None, slope=0.0):
     """One local head."""
     at = np.arange(len(q))
     see = (at <= at[:, None]) & (at[:, None] - at < n) & (at >= (0 if begin is None else begin[:, None]))
-    p = np.exp(q @ k.T / np.sqrt(D)) * see
+    p = np.exp(q @ k.T / np.sqrt(D) - slope * (at[:, None] - at)) * see
     return p @ v / p.sum(-1, keepdims=True)
 
 
@@ -139,6 +147,16 @@ def test_distance_is_felt_after_the_tokens_are_sorted(learning):
         members = np.argsort(-by[b, r], 0)[:7].T if learning else [np.flatnonzero(by[b, r].argmax(-1) == c) for c in range(3)]
         want = oracle(q[b, 2 + r], v[b, 1], [list(m) for m in members], loud=0.1, scale=2 * D**-0.5)
         np.testing.assert_allclose(got[b, 2 + r], want, atol=1e-4)
+
+
+def test_a_bias_is_for_local_heads():
+    """Routed heads are of content alone; local ones feel distance, each its own slope."""
+    memory, (q, k, v) = layer(SPEC), draw()
+    got, plain = (attend(memory, q, v, k=k, kind=kind)[0] for kind in (Slanted, Position))
+    np.testing.assert_array_equal(got[:, 2:], plain[:, 2:])
+    for b, h in np.ndindex(B, 2):
+        want = window(q[b, h], k[b, 0], v[b, 0], 5, slope=(0.1, 0.5)[h])
+        np.testing.assert_allclose(got[b, h], want, atol=1e-4)
 
 
 def test_training_with_argmax_is_use():
