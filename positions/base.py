@@ -4,6 +4,7 @@ import math
 
 import ops
 from kernels import Places
+from kernels.rotate import rotate
 from ops import Module
 
 
@@ -95,7 +96,4 @@ class Rotary(Position):
         return ops.cos(angle), ops.sin(angle)
 
     def turned(self, x, turn):
-        cos, sin = (ops.cast(t, x.dtype) for t in turn[:2])
-        x, rest = (x, []) if x.shape[-1] == self.D else (x[..., : self.D], [x[..., self.D :]])
-        a, b = ops.split(x, 2, -1)
-        return ops.cat([a * cos - b * sin, b * cos + a * sin, *rest], -1)
+        return rotate(x, *turn[:2])

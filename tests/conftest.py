@@ -131,7 +131,8 @@ def gradients(f, *arrays):
     if ops.BACKEND == "mlx":
         import mlx.core as mx
 
-        return mx.grad(f, argnums=tuple(range(len(arrays))))(*arrays)
+        grads = mx.grad(f, argnums=tuple(range(len(arrays))))(*arrays)
+        return grads if len(arrays) > 1 else (grads,)
     import torch
 
     arrays = [a.detach().requires_grad_() for a in arrays]

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from conftest import apart, has, loss_and_gradients, run, text, tiny, weights, whole
+from test_positions import scheme
 
 import kernels
 import ops
@@ -12,7 +13,6 @@ import plugins
 from errors import Refused
 from model import Config, Llama
 from positions import alibi, t5
-from test_positions import scheme
 
 T = 40
 
