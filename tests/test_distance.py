@@ -11,7 +11,7 @@ import kernels
 import ops
 import plugins
 from errors import Refused
-from model import Config, Llama
+from model import Config, Llama, load, save
 from positions import alibi, t5
 
 T = 40
@@ -172,6 +172,24 @@ def test_tables_are_shared_or_not(layers, tables):
     assert sum("relative_attention_bias" in n for n in ops.parameters(model)) == tables == len(model.model.positions)
 
 
+@pytest.mark.parametrize("pos", ["alibi", "t5", "t5:layers=own", "xl:width=8", "dynamic", "none"])
+def test_fine_tuned_into_a_model_of_rope(pos, tmp_path, tokenizer_files):
+    """A checkpoint takes another scheme, trains with it, and is saved and loaded with it."""
+    save(tiny(), tmp_path / "rope", tokenizer_files)
+    model, _ = load(tmp_path / "rope", pos=pos, dtype="float32")
+    losses, adam = [], ops.AdamW(model, (0.9, 0.95), 1e-8, 0.0)
+    for _ in range(8):
+        loss, grads = loss_and_gradients(model, text(24, 2))
+        losses.append(loss)
+        adam.step({n: ops.array(g) for n, g in grads.items()}, 1e-2)
+    assert losses[-1] < 0.8 * losses[0]
+    save(model, tmp_path / "tuned", tokenizer_files)
+    again, _ = load(tmp_path / "tuned", dtype="float32")
+    assert again.config.pos == pos
+    np.testing.assert_array_equal(run(again, text(24)), run(model, text(24)))
+    assert (tmp_path / "tuned" / "nanolong.safetensors").is_file() == (pos[:2] in ("t5", "xl"))
+
+
 @pytest.mark.parametrize("pos", ["t5:buckets=6,distance=9", "t5:buckets=6,distance=9,layers=own", "xl:width=6"])
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputed"])
 def test_their_own_weights_train(pos, checkpoint, use):
@@ -251,6 +269,29 @@ def test_static_steps_equal_plain_ones(pos, memory):
     step = ops.static(lambda x, s, close: model(x, s, close=close), model.still(state), (False, True))
     for t in range(n, T):
         got.append(ops.numpy(step(int(tokens[0, t]), (t + 1) % n == 0)))
+    assert apart(np.concatenate(got, 1), want) < 1e-4
+
+
+@pytest.mark.skipif(ops.BACKEND != "torch", reason="torch's compiler")
+@pytest.mark.parametrize("pos", ["rope", "dynamic:original=16", "alibi", "t5:buckets=6,distance=9", "xl"])
+def test_a_step_is_one_graph(pos):
+    """A block of a one-token step, closes included, is compiled whole: no scheme breaks the graph."""
+    import torch
+
+    model = tiny(pos=pos, memory="sinks:budget=10,sinks=2")
+    want = run(model, text(T), [[8], *[[1] * 8] * 4], room=T)
+    usual, got = (model.run, model.model.run), []
+    model.run = model.model.run = torch.compile(ops.call, fullgraph=True, dynamic=False, backend="eager")
+    try:
+        with ops.no_grad():
+            y, state = model(ops.array(text(T)[:, :8]), model.start(8, T))
+            got, state = [ops.numpy(y)], model.still(state)
+            for t in range(8, T):
+                y, state = model(ops.array(text(T)[:, t : t + 1]), state, close=(t + 1) % 8 == 0)
+                got.append(ops.numpy(y))
+    finally:
+        model.run, model.model.run = usual
+        torch.compiler.reset()
     assert apart(np.concatenate(got, 1), want) < 1e-4
 
 

@@ -159,10 +159,10 @@ def test_far_out_in_float64(scheme, n, tmp_path, tokenizer_files, monkeypatch):
     monkeypatch.undo()
     assert want.dtype == np.float64
     got = run(model, text(40)[:1], [[40]], at=n)
-    assert apart(got, want) < 1e-3
+    assert apart(got, want) < 1e-4
     with torch.no_grad():
         rounded = reference(torch.as_tensor(text(40)[:1]).long(), position_ids=torch.arange(n, n + 40)[None]).logits.numpy()
-    assert n < 2**20 or apart(rounded, want) > 10 * apart(got, want), "or this test is blind: float32 angles are off"
+    assert n < 2**20 or apart(rounded, want) > 1e-2, "or this test is blind: float32 angles are off"
 
 
 def test_mistral_layer_types(tmp_path, tokenizer_files):
