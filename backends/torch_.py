@@ -273,9 +273,9 @@ def sdpa(q, k, v, mask, scale):
     """The framework's fused attention. mask: None, an array that broadcasts to [B, H, T, N], or "causal" (the last T of N). An array is
     bool, or float32 and added to the scaled logits, -inf where nothing may be seen. A query that may see nothing gives zeros."""
     (T, D), N = q.shape[2:], k.shape[2]
-    # fused, a mask in 32 bits beside queries in 16 is a CPU's alone, and one with a gradient is nobody's
+    # fused, numbers of 32 bits beside queries of 16 are a CPU's alone
     mixed = is_array(mask) and mask.is_floating_point() and q.dtype != mask.dtype and q.device.type != "cpu"
-    if (T == 1 and q.is_cuda) or mixed or (is_array(mask) and mask.requires_grad):
+    if (T == 1 and q.is_cuda) or mixed:
         return _plain(q, k, v, mask, scale)
     if T > 1 and v.shape[3] < D:
         # where widths differ, most fused kernels give way to one that keeps all scores

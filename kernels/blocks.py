@@ -41,7 +41,6 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     H, D = q.shape[1], q.shape[3]
     scale = D**-0.5 if scale is None else scale
     who, (slope, table) = named(rule), (None, None) if bias is None else bias
-    slope = None if slope is None else ops.stop(slope)
 
     def sparse(q, k, v, heads):
         return attention(q, k, v, table, slope, begin, who, heads, q_at.first, k_at.first, always, opening, scale, lse)

@@ -162,7 +162,7 @@ def test_the_model(use, cut, how, monkeypatch):
         assert apart(got[n], grads[n]) < 1e-4, n
 
 
-def test_when_blocks_are_chosen(use):
+def test_when_blocks_are_chosen(use, monkeypatch):
     """Where they leave enough out and the host knows where everything stands; never for a single token."""
     use("auto")
 
@@ -179,6 +179,8 @@ def test_when_blocks_are_chosen(use):
     assert chosen("full", 1024, 1024, begin=begin(512)) and chosen("longformer:window=64", 1024, 1024, begin=begin(10))
     assert chosen("longformer:window=4096", 512, 4096, more=True), "a bias, or the log-sum-exp"
     assert not chosen("full", 64, 64, more=True) and not chosen("full", 1, 1 << 20, more=True), "few scores"
+    monkeypatch.setattr(kernels, "worth", lambda: 0.0)
+    assert chosen("full", 1024, 1024, more=True) and not chosen("longformer:window=64", 1024, 1024), "a device where blocks never pay"
     use("blocks")
     assert chosen("longformer:window=4096", 64, 64) and not chosen("longformer:window=64", 1, 4096)
 
@@ -286,7 +288,7 @@ def test_the_operator_is_what_it_says(how, lse):
     """Schema, gradients and shapes as torch's own check wants them, of queries that lie in memory as a model's do."""
     import torch
 
-    q, k, v = (ops.swap(torch.randn(2, 50, h, 8), 1, 2).requires_grad_() for h in (4, 2, 2))
+    q, k, v = (ops.swap(torch.randn(2, 50, h, d), 1, 2).requires_grad_() for h, d in ((4, 8), (2, 8), (2, 5)))
     begin = cut_in_two(50, 20) if how == "documents" else None
     slope, table = torch.rand(4) if how == "slope" else None, torch.randn(4, 11).requires_grad_() if how == "table" else None
     name = named(parse("longformer:window=9,n_global=2"))
@@ -357,6 +359,19 @@ def test_the_compiled_model_in_mlx(use, cut, how):
     compiled = mx.compile(lambda x: ops.value_and_grad(model, lambda: loss(x))[1])(tokens)
     for n, want in results[1][1].items():
         assert apart(ops.numpy(compiled[n]), ops.numpy(want)) < 1e-4, n
+
+
+@torch_only
+@pytest.mark.parametrize("T", [1, 3])
+def test_plain_products(T):
+    """What takes the place of fused attention for one query on a GPU, and for masks that no kernel there takes."""
+    q, k, v, _ = inputs(2, 4, 2, T, 20, 8, width=5)
+    see = ops.array(np.random.default_rng(0).random((2, 4, T, 20)) < 0.5)
+    see[1, 2, 0] = False
+    for mask in (None, see, see[:1, :1], see[:, :1], ops.where(see, 3.0 * see.cumsum(-1), -float("inf"))):
+        got, want = backend._plain(q, k, v, mask, 0.3), ops.sdpa(q, k, v, mask, 0.3)
+        assert got.shape == (2, 4, T, 5) and apart(ops.numpy(got), ops.numpy(want)) < 1e-5
+        assert mask is None or mask.shape[1] == 1 or (got[1, 2, 0] == 0).all()
 
 
 def test_names_of_rules():
@@ -474,6 +489,8 @@ def test_heads_that_see_all(use, cut, monkeypatch, spec, H, K, first):
     assert causal and all(x[0].shape[1] == heads for x in causal) and heads < H
     asked.clear()
     agree(use, "blocks", "float32", arrays, *where, rule, documents(np.random.default_rng(0), first, 70, 2))
+    for kind in ("slope", "table"):
+        agree(use, "blocks", "float32", arrays, *where, rule, bias=biased(kind, H))
     assert not [x for x in asked if isinstance(x[3], str)]
 
 
