@@ -198,14 +198,25 @@ def mark(*xs):
 def operator(name, forward, backward, outputs):
     """forward(*args) -> arrays as a function whose gradients are backward(*args, *arrays, *their gradients), those of its first
     arguments; outputs(*args): shape and dtype of each array. Annotations say what the arguments are: arrays, numbers, strings.
-    MLX wants to know only how many gradients there are: a compiled graph holds what it sees of both."""
+    The gradient of an array that is None is an empty one. MLX wants to know only how many gradients there are: a compiled graph holds
+    what it sees of both."""
     made = len(typing.get_args(inspect.signature(backward).return_annotation))
 
     def run(*args):
-        rest = args[made:]
-        f = mx.custom_function(lambda *xs: forward(*xs, *rest))
-        f.vjp(lambda xs, dy, y: backward(*xs, *rest, *y, *dy))
-        return f(*args[:made])
+        some = [i for i in range(made) if args[i] is not None]
+
+        def whole(xs):
+            there = dict(zip(some, xs))
+            return *(there.get(i) for i in range(made)), *args[made:]
+
+        f = mx.custom_function(lambda *xs: forward(*whole(xs)))
+
+        def gradients(xs, dy, y):
+            grads = backward(*whole(xs), *y, *dy)
+            return [grads[i] for i in some]
+
+        f.vjp(gradients)
+        return f(*(args[i] for i in some))
 
     return run
 
@@ -242,10 +253,22 @@ def angles(pos, per_turn):
 
 
 def sdpa(q, k, v, mask, scale):
-    """The framework's fused attention. mask: None, a bool array that broadcasts to [B, H, T, N], or "causal" (the last T of N)."""
+    """The framework's fused attention. mask: None, an array that broadcasts to [B, H, T, N], or "causal" (the last T of N). An array is
+    bool, or float32 and added to the scaled logits, -inf where nothing may be seen. A query that may see nothing gives zeros."""
+    if is_array(mask) and mask.dtype == float32:
+        return _plain(q, k, v, mask, scale)
     y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     # a row that may see nothing comes back as an average of v, or as no number at all: it means zero
     return y if mask is None or isinstance(mask, str) else mx.where(mask.any(-1, keepdims=True), y, 0)
+
+
+def _plain(q, k, v, mask, scale):
+    """The same in plain products: fused, a mask would be rounded to the dtype of q, and not every device has its gradient."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    s = (q.reshape(B, K, -1, D) @ k.swapaxes(2, 3)).astype(float32) * scale  # [B, K, G T, N]
+    s = mx.maximum(s.reshape(B, H, T, -1) + mask, -1e30).reshape(s.shape)
+    y = (mx.softmax(s, -1).astype(v.dtype) @ v).reshape(B, H, T, -1)
+    return mx.where(mask.max(-1, keepdims=True) > -float("inf"), y, 0)
 
 
 def cross_entropy(logits, targets):
@@ -356,6 +379,11 @@ def checkpoint(module, x, *rest):
             swap_in(before)
 
     return mx.checkpoint(again)([owner.trainable_parameters() for owner in owners], x, arrays)
+
+
+def recomputed(f, *arrays):
+    """f(*arrays), what it keeps for the gradients of the arrays made once more in the backward pass."""
+    return mx.checkpoint(f)(*arrays)
 
 
 def value_and_grad(model, f):

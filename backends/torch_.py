@@ -210,14 +210,15 @@ def mark(*xs):
 
 def operator(name, forward, backward, outputs):
     """forward(*args) -> arrays as a function whose gradients are backward(*args, *arrays, *their gradients), those of its first
-    arguments; outputs(*args): shape and dtype of each array. Annotations say what the arguments are: arrays, numbers, strings.
-    Inside of a compiled graph it is one node, so that both may do what they like on the host."""
+    arguments; outputs(*args): shape and dtype of each array. Annotations say what the arguments are: arrays, numbers, strings. The
+    gradient of an array that is None is an empty one. Inside of a compiled graph it is one node, so that both may do what they like
+    on the host."""
     solid = lambda f: functools.wraps(f)(lambda *args: tuple(x.contiguous() for x in f(*args)))
     run = torch.library.custom_op(f"nanolong::{name}", solid(forward), mutates_args=())
     back = torch.library.custom_op(f"nanolong::{name}_backward", solid(backward), mutates_args=())
     made = len(typing.get_args(inspect.signature(backward).return_annotation))
     run.register_fake(lambda x, *rest: tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in outputs(x, *rest)))
-    back.register_fake(lambda *args: tuple(x.new_empty(x.shape) for x in args[:made]))
+    back.register_fake(lambda *args: tuple(args[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:made]))
 
     def keep(ctx, inputs, output):
         ctx.save_for_backward(*(x if is_array(x) else None for x in inputs), *output)
@@ -226,7 +227,8 @@ def operator(name, forward, backward, outputs):
     def gradients(ctx, *dy):
         given, arrays = ctx.plain, ctx.saved_tensors
         args = [x if plain is None else plain for x, plain in zip(arrays, given)]
-        return *back(*args, *arrays[len(given) :], *dy), *[None] * (len(given) - made)
+        grads = back(*args, *arrays[len(given) :], *dy)
+        return *(None if x is None else g for x, g in zip(args, grads)), *[None] * (len(given) - made)
 
     run.register_autograd(gradients, setup_context=keep)
     return run
@@ -275,10 +277,16 @@ def angles(pos, per_turn):
 
 
 def sdpa(q, k, v, mask, scale):
-    """The framework's fused attention. mask: None, a bool array that broadcasts to [B, H, T, N], or "causal" (the last T of N)."""
-    T, N = q.shape[2], k.shape[2]
-    if T == 1 and q.is_cuda:
-        return _one_row(q, k, v, mask, scale)
+    """The framework's fused attention. mask: None, an array that broadcasts to [B, H, T, N], or "causal" (the last T of N). An array is
+    bool, or float32 and added to the scaled logits, -inf where nothing may be seen. A query that may see nothing gives zeros."""
+    (T, D), N = q.shape[2:], k.shape[2]
+    # fused, numbers of 32 bits beside queries of 16 are a CPU's alone
+    mixed = is_array(mask) and mask.is_floating_point() and q.dtype != mask.dtype and q.device.type != "cpu"
+    if (T == 1 and q.is_cuda) or mixed:
+        return _plain(q, k, v, mask, scale)
+    if T > 1 and v.shape[3] < D:
+        # where widths differ, most fused kernels give way to one that keeps all scores
+        return sdpa(q, k, F.pad(v, (0, D - v.shape[3])), mask, scale)[..., : v.shape[3]]
     causal = isinstance(mask, str) and T == N
     if isinstance(mask, str):
         mask = None if causal else causal_lower_right(T, N) if q.is_cuda else torch.ones(T, N, dtype=torch.bool).tril(N - T)
@@ -290,14 +298,18 @@ def sdpa(q, k, v, mask, scale):
 _fastest = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def _one_row(q, k, v, mask, scale):
-    """The same for a single query in plain products, which a compiler streams at the speed of memory."""
-    B, H, _, D = q.shape
-    s = (q.reshape(B, k.shape[1], -1, D) @ k.transpose(2, 3)).float() * scale  # [B, K, G, N]
+def _plain(q, k, v, mask, scale):
+    """The same in plain products; those of a single query a compiler streams at the speed of memory."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    s = (q.reshape(B, K, -1, D) @ k.transpose(2, 3)).float() * scale  # [B, K, G T, N]
     if mask is not None:
-        see = mask.expand(B, H, 1, -1).reshape(s.shape) if mask.shape[1] > 1 else mask
-        s = s.masked_fill(~see, -1e30)
-    return (s.softmax(-1).to(v.dtype) @ v).reshape(B, H, 1, D)
+        s = s.reshape(B, H, T, -1)
+        s = s.masked_fill(~mask, -1e30) if mask.dtype == bool_ else (s + mask).clamp(min=-1e30)
+        s = s.reshape(B, K, H // K * T, -1)
+    y = s.softmax(-1).to(v.dtype) @ v
+    if mask is not None:
+        y = y * (s.amax(-1, keepdim=True) > -1e29)
+    return y.reshape(B, H, T, -1)
 
 
 def cross_entropy(logits, targets):
@@ -388,6 +400,11 @@ def write_safetensors(path, arrays):
 def checkpoint(module, x, *rest):
     """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
     return _checkpoint(module, x, *rest, use_reentrant=False)
+
+
+def recomputed(f, *arrays):
+    """f(*arrays), what it keeps for the gradients of the arrays made once more in the backward pass."""
+    return _checkpoint(f, *arrays, use_reentrant=False) if torch.is_grad_enabled() else f(*arrays)
 
 
 def value_and_grad(model, f):

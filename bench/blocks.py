@@ -6,6 +6,8 @@ Memory is the peak of the first call above inputs, outputs and gradients; the ma
 needs, is not counted among the inputs (its size is given too). The time to build the mask and the layout is not measured: the
 first is once a run, the second stays in a cache.
 
+--bias slope, or table, measures what a bias by distance costs: blocks with it beside blocks without, a table's gradient included.
+
 --sweep tries what suits a device instead, in one process: how many scores live at once, the blocks' sizes, then longer texts.
 
 NANOLONG_BACKEND=mlx python bench/blocks.py --sweep 24,26,28 --blocks 128x64 --lengths 16k,64k --dtype bfloat16 --heads 16/16
@@ -31,6 +33,8 @@ def parser():
     p.add_argument("--heads", help="query heads/key heads (default 9/3 with torch, 3/1 with MLX)")
     p.add_argument("--width", type=int, default=64, help="head width (default 64)")
     p.add_argument("--dtype", default="float32")
+    p.add_argument("--bias", choices=["slope", "table"], help="blocks with this bias beside blocks without one")
+    p.add_argument("--reach", type=int, default=128, help="entries of the table (default 128)")
     p.add_argument("--device")
     p.add_argument("--repeat", type=int, default=3, help="timed calls after the first one")
     p.add_argument("--name")
@@ -53,13 +57,15 @@ def peak():
 
 
 def attention(engine, rule, n):
-    """f(q, k, v) and the bytes of its mask."""
+    """f(q, k, v, and its bias if there is one) and the bytes of its mask."""
     import ops
-    from kernels import Places, blocks
+    from kernels import Bias, Places, blocks
 
     at = ops.arange(n, ops.array([0]))[None, None]
     if engine == "blocks":
         return lambda q, k, v: blocks.attend(q, k, v, Places(at, 0), Places(at, 0), rule), 0
+    if engine in ("slope", "table"):
+        return lambda q, k, v, x: blocks.attend(q, k, v, Places(at, 0), Places(at, 0), rule, bias=Bias(**{engine: x})), 0
     mask = ops.full((n, n), False, ops.bool_)
     for i in range(0, n, ROWS):
         mask[i : i + ROWS] = rule.module.allowed(at[0, 0, i : i + ROWS][:, None], at[0], 0, rule.options)
@@ -74,23 +80,24 @@ def attention(engine, rule, n):
 
 
 def derivative(f):
-    """(y, gradients of <y, w>) as a function of q, k, v, w."""
+    """(y, gradients of <y, w>) as a function of q, k, v, w, and a bias, if there is one, before w."""
     import ops
 
     if ops.BACKEND == "mlx":
         import mlx.core as mx
 
-        def g(*qkvw):
-            y, grads = mx.vjp(f, list(qkvw[:3]), [qkvw[3]])
+        def g(*given):
+            y, grads = mx.vjp(f, list(given[:-1]), [given[-1]])
             return *y, *grads
 
         return g
     import torch
 
-    def g(*qkvw):
-        qkv = [x.detach().requires_grad_() for x in qkvw[:3]]
-        y = f(*qkv)
-        return y.detach(), *torch.autograd.grad(y, qkv, qkvw[3])
+    def g(*given):
+        given, w = [x.detach().requires_grad_() for x in given[:-1]], given[-1]
+        y = f(*given)
+        # slopes are constants
+        return y.detach(), *(x for x in torch.autograd.grad(y, given, w, allow_unused=True) if x is not None)
 
     return g
 
@@ -108,8 +115,11 @@ def measure(args):
     def made(n):
         f, mask = attention(engine, rule, n)
         arrays = [ops.normal((1, h, n, args.width), getattr(ops, args.dtype)) for h in (H, K, K, H)]
+        if engine in ("slope", "table"):
+            shape = (H,) if engine == "slope" else (H, args.reach)
+            arrays.insert(3, ops.normal(shape, ops.float32) if engine == "table" else ops.full(shape, 0.01, ops.float32))
         ops.wait(arrays)
-        return (derivative(f), arrays, mask) if direction == "both" else (lambda *x: (f(*x),), arrays[:3], mask)
+        return (derivative(f), arrays, mask) if direction == "both" else (lambda *x: (f(*x),), arrays[:-1], mask)
 
     # libraries load and the layout's code runs before anything counts
     f, arrays, _ = made(256)
@@ -126,7 +136,7 @@ def measure(args):
             times.append(time.perf_counter() - start)
             if i == 0:
                 top = peak() - before - given - sum(ops.nbytes(x) for x in out)
-                sample = [float(x) for a in out for x in ops.numpy(a[0, 0, -1, :4])]
+                sample = [float(x) for a in out if a.ndim == 4 for x in ops.numpy(a[0, 0, -1, :4])]
     return {"seconds": times[1:] or times, "peak": top, "mask": mask, "sample": sample}
 
 
@@ -215,30 +225,39 @@ def main():
         return print(json.dumps(measure(args)))
     here = {"backend": backend, "length": args.length, "attn": args.attn, "heads": "/".join(map(str, args.heads)), "width": args.width}
     result = {**here, "dtype": args.dtype, "threads": os.environ.get("OMP_NUM_THREADS", "default"), "repeat": args.repeat}
+    if args.bias:
+        result |= {"bias": args.bias, **({"reach": args.reach} if args.bias == "table" else {})}
+    first, second = (args.bias, "blocks") if args.bias else ("blocks", "mask")
     for direction in ("forward", "both"):
         case = {}
-        for engine in ("blocks", "mask"):
+        for engine in (first, second):
             command = [sys.executable, *sys.argv, "--case", f"{engine} {direction}"]
             done = subprocess.run(command, capture_output=True, text=True, cwd=common.ROOT)
             if done.returncode:
                 sys.exit(done.stderr)
             case[engine] = json.loads(done.stdout)
             print(f"{direction} {engine}: {min(case[engine]['seconds']):.3f} s", file=sys.stderr)
-        a, b = (case[e]["sample"] for e in ("blocks", "mask"))
+        a, b = (case[e]["sample"] for e in (first, second))
         median = {e: sorted(c["seconds"])[len(c["seconds"]) // 2] for e, c in case.items()}
         least = {e: min(c["seconds"]) for e, c in case.items()}
         memory = {e: c["peak"] for e, c in case.items()}
-        result["forward" if direction == "forward" else "forward and backward"] = {
+        name = "forward" if direction == "forward" else "forward and backward"
+        result[name] = {
             "median_seconds": {e: round(t, 4) for e, t in median.items()},
             "least_seconds": {e: round(t, 4) for e, t in least.items()},
+            "peak_megabytes": {e: round(m / 1e6, 1) for e, m in memory.items()},
+        }
+        if args.bias:
+            result[name]["times_slower_by_least"] = round(least[first] / least[second], 2)
+            continue
+        result[name] |= {
             "times_faster": round(median["mask"] / median["blocks"], 2),
             "times_faster_by_least": round(least["mask"] / least["blocks"], 2),
-            "peak_megabytes": {e: round(m / 1e6, 1) for e, m in memory.items()},
             "mask_megabytes": round(case["mask"]["mask"] / 1e6, 1),
             "times_less_memory": round(memory["mask"] / memory["blocks"], 1) if memory["blocks"] > 1e6 else None,
             "largest_difference": max(abs(x - y) for x, y in zip(a, b)),
         }
-    common.save(args.name or f"blocks_{backend}", result, args.out)
+    common.save(args.name or f"blocks_{backend}{'_' + args.bias if args.bias else ''}", result, args.out)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ written out once for both frameworks, with the gradient of the log-sum-exp L, wh
 
     P = softmax(Q K^T), dV = P^T dO, dS = P * (dO V^T - rowsum(O * dO) + dL), dQ = dS K, dK = dS^T Q
 
-Symbols: B rows, H query heads, K key heads, T queries, N keys, D head width. A stripe is s blocks of r queries, each with
-c keys; heads that the rule treats alike (a group) have one layout, h query heads over g key heads.
+A bias by distance is added to the scores of the stripe at hand; a table's gradient is dS summed by distance. Slopes have none.
+
+Symbols: B rows, H query heads, K key heads, T queries, N keys, D head width (of values it may be less), R entries of a table. A stripe
+is s blocks of r queries, each with c keys; heads that the rule treats alike (a group) have one layout, h query heads over g key heads.
 """
 
 import functools
@@ -34,16 +36,17 @@ def stacked():
     return 1 << 28 if ops.on_gpu() else 1
 
 
-def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, lse=False):
+def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, bias=None, lse=False):
     """See kernels.attend. Queries and keys must stand at consecutive positions that the host knows; `begin` it must be able to read."""
     H, D = q.shape[1], q.shape[3]
     scale = D**-0.5 if scale is None else scale
-    who = named(rule)
+    who, (slope, table) = named(rule), (None, None) if bias is None else bias
 
     def sparse(q, k, v, heads):
-        return attention(q, k, v, begin, who, heads, q_at.first, k_at.first, always, opening, scale, lse)
+        return attention(q, k, v, table, slope, begin, who, heads, q_at.first, k_at.first, always, opening, scale, lse)
 
-    plain = () if lse or ops.tracing() else causal_heads(rule, (q_at.first, q.shape[2]), (k_at.first, k.shape[2]), begin is not None, H)
+    sides = (q_at.first, q.shape[2]), (k_at.first, k.shape[2])
+    plain = () if lse or bias is not None or ops.tracing() else causal_heads(rule, *sides, begin is not None, H)
     if not plain:
         y, sums = sparse(q, k, v, list(range(H)))
         return (y, sums) if lse else y
@@ -167,7 +170,7 @@ ROOM = 1 << 27  # bytes of arrays that are kept
 
 
 def plan(rule, q, k, docs, always, opening, heads, key_heads, rows):
-    """The Plan for query heads `heads` (their numbers for the rule) over key_heads, in so many rows."""
+    """The Plan for query heads `heads` (their numbers for the rule) over key_heads, in so many rows of scores."""
     every = behaviours(rule, max(heads) + 1)
     who = [every[h] for h in heads]
     layouts = found(rule, q, k, docs, always, opening, who)
@@ -225,13 +228,16 @@ def table(rows, i, e):
 class Call:
     """One call's plan, and what both passes do with it."""
 
-    def __init__(self, q, k, begin, rule, heads, q_first, k_first, always, opening):
+    def __init__(self, q, k, table, slope, begin, rule, heads, q_first, k_first, always, opening):
         (B, _, T, _), (K, N) = q.shape, k.shape[1:3]
         docs = documents(begin)
-        self.B, self.N, self.rule, self.first, self.exempt = B, N, rule_of(rule), k_first, (always, opening)
+        self.B, self.N, self.heads, self.rule, self.first, self.exempt = B, N, len(heads), rule_of(rule), k_first, (always, opening)
         # rows whose documents begin alike share a mask
         self.begin = begin[:1] if docs is not None and docs.count == 1 else begin
-        self.steps, self.back, _ = planned(self.rule, (q_first, T), (k_first, N), docs, always, opening, tuple(heads), K, B)
+        self.slope, self.windows = slope, None if table is None else windows(table)
+        # a bias takes as much memory again
+        rows = B if table is None and slope is None else 2 * B
+        self.steps, self.back, _ = planned(self.rule, (q_first, T), (k_first, N), docs, always, opening, tuple(heads), K, rows)
 
     def blocks(self, x):  # [B, K, N, D] -> [B, K blocks, block, D]
         B, K, N, D = x.shape
@@ -259,46 +265,92 @@ class Call:
     def scatter(self, x, w, y):  # adds [s, B g, c, D] where it was gathered
         return ops.add(x, w.where, ops.swap(y, 0, 1).reshape(x.shape[0], -1, BLOCK[1], x.shape[3]))
 
+    def columns(self, w):
+        """Numbers of the keys, negative where there is no block, and their positions, int32 [s, 1, 1, c]."""
+        cols = (w.blocks[..., None] * BLOCK[1] + ops.arange(BLOCK[1], w.blocks)).reshape(w.at.shape[0], 1, 1, -1)
+        # no key: an empty slot, as everywhere
+        return cols, ops.where((cols < 0) | (cols >= self.N), -1, cols + self.first)
+
     def seen(self, a, b, w):
         """May the queries a..b see their keys? bool [s, 1 or B h, r, c]."""
-        s, rows, begin = w.at.shape[0], BLOCK[1], 0
-        cols = (w.blocks[..., None] * rows + ops.arange(rows, w.blocks)).reshape(s, 1, 1, -1)
-        # no key: an empty slot, as everywhere
-        at = ops.where((cols < 0) | (cols >= self.N), -1, cols + self.first)
+        (cols, at), s, begin = self.columns(w), w.at.shape[0], 0
         if self.begin is not None:
             begin = ops.swap(self.begin[:, 0, a:b].reshape(self.begin.shape[0], s, -1, 1), 0, 1)
         see = dense.sees(w.at, at, begin, w.group.head, cols, self.rule, *self.exempt)
         return see if see.shape[1] == 1 else ops.repeat(see, len(w.group.heads), 1)
 
-    def scores(self, x, keys, see, scale, w):  # [s, B h, r, c] float32
+    def bias(self, w):
+        """What is added to the scores for distance, float32 [s, B h, r, c]; None: nothing."""
+        if self.slope is not None:
+            x = ops.entries(self.slope, w.group.at, 0).reshape(-1, 1, 1) * (self.columns(w)[1] - w.at)
+        elif self.windows is not None:
+            x = ops.entries(self.windows, self.reached(w), 0).reshape(w.at.shape[0], len(w.group.heads), w.at.shape[2], -1)
+        else:
+            return None
+        return x if self.B == 1 else ops.cat([x] * self.B, 1)
+
+    def reached(self, w):
+        """Which windows of the table lie beside the blocks of keys: [s h r c / block]."""
+        n = self.windows.shape[0] // self.heads
+        d = w.at - self.columns(w)[1][..., :: BLOCK[1]]
+        d = ops.where(d < 0, 0, ops.minimum(d, n - BLOCK[1]))
+        return (w.group.at.reshape(-1, 1, 1) * n + d).reshape(-1)
+
+    def by_distance(self, x, w, ds):  # adds [s, B h, r, c] to the gradient of the windows, [1, H n, block]
+        ds = ds.reshape(w.at.shape[0], self.B, -1).sum(1)
+        return ops.add(x, self.reached(w), ds.reshape(1, -1, BLOCK[1]))
+
+    def scores(self, x, keys, see, bias, scale, w):  # [s, B h, r, c] float32
         s = ops.cast(self.fold(x, w) @ ops.swap(keys, 2, 3), ops.float32).reshape(*x.shape[:3], keys.shape[2])
         s *= scale
+        if bias is not None:
+            s += bias
         return ops.where(see, s, -1e30)
 
 
+def windows(table):
+    """The table as it lies beside a block of keys, [H n, block]: row d, column j is the entry of distance d - j. A row each for
+    d < R + block - 1, so n >= R + block - 1; the next block - 1 rows are there for entries_of() alone."""
+    R, w = table.shape[1], BLOCK[1]
+    d = ops.arange(R + 2 * w - 2, table)[:, None] - ops.arange(w, table)
+    return ops.entries(table, ops.where(d < 0, 0, ops.minimum(d, R - 1)).reshape(-1), 1).reshape(-1, w)
+
+
+def entries_of(x, H):
+    """The gradient of the table from that of its windows: [H n, block] -> [H, R]."""
+    w = BLOCK[1]
+    x = x.reshape(H, -1)
+    R = x.shape[1] // w - 2 * w + 2
+    e, j = ops.arange(R + w - 1, x)[:, None], ops.arange(w, x)
+    x = ops.entries(x, ((e + j) * w + j).reshape(-1), 1).reshape(H, -1, w).sum(-1)
+    # what lies further than the last entry has its value
+    return ops.cat([x[:, : R - 1], x[:, R - 1 :].sum(-1)[:, None]], 1)
+
+
 def forward(
-    q: Array, k: Array, v: Array, begin: Array | None, rule: str, heads: list[int], q_first: int, k_first: int, always: int, opening: int,
-    scale: float, wanted: bool,
+    q: Array, k: Array, v: Array, table: Array | None, slope: Array | None, begin: Array | None, rule: str, heads: list[int], q_first: int,
+    k_first: int, always: int, opening: int, scale: float, wanted: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """y and the log-sum-exp [B, H, T], empty unless it is wanted. rule: its name; heads: the numbers of q's heads for the rule."""
-    call = Call(q, k, begin, rule, heads, q_first, k_first, always, opening)
-    k, v, y, last = call.blocks(k), call.blocks(v), ops.full(q.shape, 0, q.dtype, q), None
+    """y and the log-sum-exp [B, H, T], empty unless it is wanted. rule: its name; heads: the numbers of q's heads for the rule; table
+    [H, R] and slope [H], of q's heads."""
+    call = Call(q, k, table, slope, begin, rule, heads, q_first, k_first, always, opening)
+    k, v, y, last = call.blocks(k), call.blocks(v), ops.full((*q.shape[:3], v.shape[3]), 0, q.dtype, q), None
     lse = ops.full((*q.shape[:2], q.shape[2] if wanted else 0, 1), -float("inf"), ops.float32, q)
     wide = lambda x: ops.cast(x, ops.float32)
     for a, b, work in call.steps:
         parts, sums = [], []
         for w in work:
             x = ops.after(call.cut(q, a, b, w), last)
-            keys, values, see = call.gather(k, w), call.gather(v, w), call.seen(a, b, w)
+            keys, values, see, bias = call.gather(k, w), call.gather(v, w), call.seen(a, b, w), call.bias(w)
             if wanted:
                 # from rounded scores the answers of different keys would be weighed against each other wrongly
-                s = call.scores(wide(x), wide(keys), see, scale, w)
+                s = call.scores(wide(x), wide(keys), see, bias, scale, w)
                 sum_ = ops.logsumexp(s, -1)[..., None]
                 p = call.fold(ops.exp(s - sum_) * wide(see), w)
-                last = ops.cast(p @ wide(values), q.dtype).reshape(x.shape)
+                last = ops.cast(p @ wide(values), q.dtype).reshape(*x.shape[:3], -1)
                 sums.append(ops.where(ops.amax(see, -1), sum_, -float("inf")))
             else:
-                last = ops.sdpa(x, keys, values, see, scale)
+                last = ops.sdpa(x, keys, values, see if bias is None else bias + ops.where(see, 0.0, -float("inf")), scale)
             parts.append(last)
         y = ops.put(y, call.join(parts), a)
         lse = ops.put(lse, call.join(sums), a) if wanted else lse
@@ -306,15 +358,16 @@ def forward(
 
 
 def backward(
-    q: Array, k: Array, v: Array, begin: Array | None, rule: str, heads: list[int], q_first: int, k_first: int, always: int, opening: int,
-    scale: float, wanted: bool, y: Array, lse: Array, dy: Array, dlse: Array,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """dq, dk, dv."""
-    B, K, N, D = k.shape
-    call = Call(q, k, begin, rule, heads, q_first, k_first, always, opening)
+    q: Array, k: Array, v: Array, table: Array | None, slope: Array | None, begin: Array | None, rule: str, heads: list[int], q_first: int,
+    k_first: int, always: int, opening: int, scale: float, wanted: bool, y: Array, lse: Array, dy: Array, dlse: Array,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """dq, dk, dv and the table's, empty if there is none."""
+    K, N = k.shape[1:3]
+    call = Call(q, k, table, slope, begin, rule, heads, q_first, k_first, always, opening)
     like, k, v = k, call.blocks(k), call.blocks(v)
     dq = ops.full(q.shape, 0, q.dtype, q)
     dk, dv = (ops.full(x.shape, 0, ops.float32, x) for x in (k, v))
+    dtable = ops.full((1, *call.windows.shape) if table is not None else (0,), 0, ops.float32, q)
     last, wide = None, lambda x: ops.cast(x, ops.float32)
     for a, b, work in call.steps:
         parts = []
@@ -325,29 +378,31 @@ def backward(
             some = ops.amax(see, -1)
             do = do * ops.cast(some, do.dtype)
             keys, values = call.gather(k, w), call.gather(v, w)
-            p = call.fold(ops.softmax(call.scores(x, keys, see, scale, w), -1), w)
-            delta = (wide(o) * wide(do)).sum(-1)[..., None]
-            if wanted:
-                delta = delta - ops.where(some, call.cut(dlse[..., None], a, b, w), 0.0)
-            shape = x.shape
-            x, do, delta = (call.fold(t, w) for t in (x, do, delta))
+            p = call.fold(ops.softmax(call.scores(x, keys, see, call.bias(w), scale, w), -1), w)
+            shape, x, do = x.shape, call.fold(x, w), call.fold(do, w)
             dv = call.scatter(dv, w, ops.swap(ops.cast(p, x.dtype), 2, 3) @ do)
             ds = wide(do @ ops.swap(values, 2, 3))
+            # without rounding the same; a table's gradient sums over so much that a row of dS must sum to what it should
+            delta = (wide(call.fold(o, w)) * wide(do) if table is None else p * ds).sum(-1)[..., None]
+            if wanted:
+                delta = delta - call.fold(ops.where(some, call.cut(dlse[..., None], a, b, w), 0.0), w)
             ds -= delta
             ds *= p
+            if table is not None:
+                dtable = call.by_distance(dtable, w, ds)
             ds = ops.cast(ds, x.dtype)
             dk = call.scatter(dk, w, ops.swap(ds, 2, 3) @ x)
             parts.append((ds @ keys * scale).reshape(shape))
-            last = ops.mark(parts[-1], dk, dv)
+            last = ops.mark(parts[-1], dk, dv, *([] if table is None else [dtable]))
         dq = ops.put(dq, call.join(parts), a)
     dk *= scale
-    whole = lambda x: ops.cast(x.reshape(B, K, -1, D)[:, :, :N], like.dtype)
-    return dq, whole(dk), whole(dv)
+    whole = lambda x: ops.cast(x.reshape(x.shape[0], K, -1, x.shape[3])[:, :, :N], like.dtype)
+    return dq, whole(dk), whole(dv), dtable if table is None else entries_of(dtable, call.heads)
 
 
-def outputs(q, *rest):
+def outputs(q, k, v, *rest):
     """Shapes and dtypes of what forward() returns."""
-    return (q.shape, q.dtype), ((*q.shape[:2], q.shape[2] if rest[-1] else 0), ops.float32)
+    return ((*q.shape[:3], v.shape[3]), q.dtype), ((*q.shape[:2], q.shape[2] if rest[-1] else 0), ops.float32)
 
 
 attention = ops.operator("blocks", forward, backward, outputs)

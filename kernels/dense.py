@@ -25,11 +25,11 @@ def sees(q, k, b, h, n, rule, always, opening):
 
 
 def biases(q_at, k_at, bias, heads):
-    """What is added to the logits, [B, H, T, N]."""
+    """What is added to the logits, [B, H, T, N]. Slopes are constants: they have no gradient."""
     k = ops.repeat(k_at.at, heads // k_at.at.shape[1], 1)
     distance = q_at.at[..., None] - k[..., None, :]
     if bias.slope is not None:
-        return -bias.slope[:, None, None] * distance
+        return -ops.stop(bias.slope)[:, None, None] * distance
     H, R = bias.table.shape
     at = ops.where(distance < 0, 0, ops.minimum(distance, R - 1)) + ops.arange(H, distance).reshape(H, 1, 1) * R
     return ops.entries(bias.table.reshape(-1), at.reshape(-1), 0).reshape(at.shape)

@@ -1,5 +1,5 @@
 """kernels/blocks.py beyond tests/test_engines.py: blocks much smaller than the text, stripes of many blocks, memory before a
-segment, documents that differ between rows, exempt tokens, random options, when it is chosen, and what it costs in memory."""
+segment, documents that differ between rows, exempt tokens, biases, random options, when it is chosen, and what it costs in memory."""
 
 import gc
 import json
@@ -9,13 +9,13 @@ import weakref
 import numpy as np
 import pytest
 from conftest import apart, gradients, loss_and_gradients, places, python, text, tiny
-from test_engines import agree, inputs, outcome
+from test_engines import agree, biased, every_bias, inputs, outcome, with_lse
 from test_layout import RULES, drawn, parse
 
 import kernels
 import ops
 import plugins
-from kernels import Places, blocks
+from kernels import Bias, Places, blocks
 from kernels import named as named_
 from kernels.named import named, rule_of
 
@@ -60,6 +60,36 @@ def test_blocks_agree(use, cut, name, block, room):
         agree(use, "blocks", "float32", inputs(2, 4, 2, T, N, 8), at(N - T, T), at(0, N), random_rule(name, i), *how)
 
 
+@pytest.mark.parametrize("R", [None, 2, 40, 500])
+@pytest.mark.parametrize("block, room", [((16, 16), 1), ((32, 16), 40000), ((16, 32), 1 << 30)], ids=["alone", "some", "all at once"])
+def test_a_bias(use, cut, block, room, R):
+    """Slopes, or tables that end within a block, behind some, behind all keys; a text, a segment, documents, exempt tokens, the
+    log-sum-exp; values that are narrower than keys."""
+    cut(block, room)
+    draw = np.random.default_rng(R or 3)
+    for name in ("longformer", "strided", "duo&bigbird|local"):
+        for i, (T, N, width) in enumerate([(150, 150, 8), (43, 131, 8), (64, 160, 5)]):
+            how = (None, 0, 0) if i == 0 else (documents(draw, N - T, T, 2) if i == 2 else None, 5, 3)
+            how = at(N - T, T), at(0, N), random_rule(name, i), *how
+            arrays, bias = inputs(2, 4, 2, T, N, 8, width=width), biased("slope" if R is None else "table", R=R)
+            agree(use, "blocks", "float32", arrays, *how, bias=bias)
+        got, want = (with_lse(use, e, arrays, *how, bias=bias) for e in ("blocks", "dense"))
+        for what, a, b in zip(("y", "lse", "dq", "dk", "dv", "table"), got, want):
+            assert (np.isinf(a) == np.isinf(b)).all() and apart(a[np.isfinite(b)], b[np.isfinite(b)]) < 2e-5, what
+
+
+@every_bias
+def test_a_bias_in_bfloat16(use, cut, kind):
+    """Its own numbers are not rounded to 8 bits, neither in the scores nor in what a table's last entry takes from 100 000 pairs."""
+    cut((32, 16), 1)
+    where, rule = (at(0, 500), at(0, 500)), parse("longformer:window=300,n_global=40")
+    bias = Bias(ops.array(np.array([3, 1, 0.3, 0.1], "float32"))) if kind == "slope" else biased(kind, R=20, size=1)
+    if kind == "table":
+        # the same for all distances but very large: only its differences count
+        bias = Bias(None, bias.table + 1000)
+    agree(use, "blocks", "bfloat16", inputs(2, 4, 2, 500, 500, 16, dtype="bfloat16"), *where, rule, scale=0.2, bias=bias)
+
+
 @pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("spec", ["bigbird:block=8,window=1,n_global=0", "dilated:window=9,heads=1", "duo:window=9", "s2:group=32"])
 def test_heads_that_differ(use, cut, spec, H, K):
@@ -74,13 +104,17 @@ def test_heads_that_take_turns(use, cut):
     allowed = lambda q, k, h, o: (k <= q) & (q - k < 4 + (h * 2) % 3 * 9)
     module = type("turns", (), {"allowed": staticmethod(allowed)})
     rule = plugins.Plugin("turns", module, plugins.parse("attention", "full").options)
-    agree(use, "blocks", "float32", inputs(2, 10, 2, 70, 70, 8), at(0, 70), at(0, 70), rule)
+    for bias in (None, biased("slope", 10), biased("table", 10)):
+        agree(use, "blocks", "float32", inputs(2, 10, 2, 70, 70, 8), at(0, 70), at(0, 70), rule, bias=bias)
 
 
 def test_far_out(use, cut):
     cut((16, 32), 1)
     for spec in ("longformer:window=20,n_global=3", "bigbird:block=16,window=2,n_global=1", "strided:window=8,stride=24"):
         agree(use, "blocks", "float32", inputs(1, 4, 2, 60, 99, 8), at(2**20 + 39, 60), at(2**20, 99), parse(spec), None, 4)
+    where = at(2**20 + 39, 60), at(2**20, 99)
+    for kind in ("slope", "table"):
+        agree(use, "blocks", "float32", inputs(1, 4, 2, 60, 99, 8), *where, parse("full"), None, 4, bias=biased(kind))
 
 
 @pytest.mark.parametrize("first, keys", [(0, 20), (90, 0), (8, 3), (0, 60), (55, 0)])
@@ -128,13 +162,13 @@ def test_the_model(use, cut, how, monkeypatch):
         assert apart(got[n], grads[n]) < 1e-4, n
 
 
-def test_when_blocks_are_chosen(use):
+def test_when_blocks_are_chosen(use, monkeypatch):
     """Where they leave enough out and the host knows where everything stands; never for a single token."""
     use("auto")
 
-    def chosen(spec, T, N, q_at=None, k_at=None, begin=None):
+    def chosen(spec, T, N, q_at=None, k_at=None, begin=None, **named):
         q_at, k_at = q_at or Places(None, N - T), k_at or Places(None, 0)
-        return kernels.sparse((1, 4, T, 8), N, q_at, k_at, parse(spec), begin, 0, 0)
+        return kernels.sparse((1, 4, T, 8), N, q_at, k_at, parse(spec), begin, 0, 0, **named)
 
     assert chosen("longformer:window=64", 1024, 1024) and chosen("longformer:window=64", 32, 8192)
     assert not chosen("longformer:window=64", 1, 1 << 20), "one token"
@@ -143,8 +177,38 @@ def test_when_blocks_are_chosen(use):
     assert not chosen("longformer:window=64", 1024, 1024, q_at=Places(None)) and not chosen("window", 1024, 1024, k_at=Places(None))
     begin = lambda cut: ops.array(np.where(np.arange(1024) < cut, 0, cut).astype("int32")[None, None])
     assert chosen("full", 1024, 1024, begin=begin(512)) and chosen("longformer:window=64", 1024, 1024, begin=begin(10))
+    assert chosen("longformer:window=4096", 512, 4096, more=True), "a bias, or the log-sum-exp"
+    assert not chosen("full", 64, 64, more=True) and not chosen("full", 1, 1 << 20, more=True), "few scores"
+    monkeypatch.setattr(kernels, "worth", lambda: 0.0)
+    assert chosen("full", 1024, 1024, more=True) and not chosen("longformer:window=64", 1024, 1024), "a device where blocks never pay"
     use("blocks")
     assert chosen("longformer:window=4096", 64, 64) and not chosen("longformer:window=64", 1, 4096)
+
+
+@every_bias
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_no_bias_of_all_pairs(use, monkeypatch, kind, backward):
+    """Consecutive tokens go block by block, scattered ones in parts; few scores at once, and never by the specification. What a part
+    needs for its gradients is made once more: what is kept between the passes is no bias either."""
+    use("auto")
+    made, plain, asked, sparse = [], kernels.dense.biases, [], blocks.attend
+    monkeypatch.setattr(kernels.dense, "attend", None)
+    monkeypatch.setattr(kernels.dense, "biases", lambda *x: made.append(plain(*x)) or made[-1])
+    monkeypatch.setattr(blocks, "attend", lambda *x: asked.append(x) or sparse(*x))
+    monkeypatch.setattr(kernels, "SCORES", 20000)
+    arrays, n, rule = inputs(1, 2, 1, 400, 400, 8), places(np.arange(400)), parse("full")
+
+    def run(*where):
+        made.clear(), asked.clear()
+        f = lambda q, k, v: kernels.attend(q, k, v, *where, rule, bias=biased(kind, 2))
+        ops.wait(gradients(lambda *x: f(*x).sum(), *arrays[:3]) if backward else f(*arrays[:3]))
+        return len(asked), [int(np.prod(x.shape)) for x in made]
+
+    assert run(at(0, 400), at(0, 400)) == ((0, []) if kernels.TRITON else (1, []))
+    if not kernels.TRITON:
+        sizes = run(n, n)[1]
+        # 25 queries each time; the second pass makes them again
+        assert max(sizes) == 20000 and len(sizes) == (32 if backward else 16)
 
 
 torch_only = pytest.mark.skipif(ops.BACKEND != "torch", reason="about torch")
@@ -162,8 +226,9 @@ class Attending(ops.Module):
         super().__init__()
         self.rule, self.where, self.lse = parse(spec), (at(N - T, T), at(0, N)), lse
 
-    def forward(self, q, k, v, w, begin):
-        out = kernels.attend(q, k, v, *self.where, self.rule, begin, 2, lse=self.lse)
+    def forward(self, q, k, v, w, begin, slope=None, table=None):
+        bias = None if slope is None and table is None else Bias(slope, table)
+        out = kernels.attend(q, k, v, *self.where, self.rule, begin, 2, bias=bias, lse=self.lse)
         return (out[0] * w).sum() + (ops.sin(out[1]) * w[..., 0]).sum() if self.lse else (out * w).sum()
 
 
@@ -194,17 +259,40 @@ def test_one_node_of_a_compiled_graph(use, cut, backend, how, lse):
     assert [len(n) for n in nodes] == [1, 1, 1]
 
 
+@every_bias
+def test_a_bias_compiled(use, cut, kind):
+    """Forward and backward in one graph, in which a bias may be anything."""
+    cut((16, 16), 1)
+    use("auto")
+    f, (*arrays, w) = Attending("longformer:window=20,n_global=3", 400, 415, True), inputs(2, 4, 2, 400, 415, 8)
+    for bias in (biased(kind), Bias(*(None if x is None else x * 2 for x in biased(kind)))):
+        given = [*arrays, *([] if kind == "slope" else [bias.table])]
+        g = lambda q, k, v, *table, bias=bias: f(q, k, v, w, None, bias.slope, *table)
+        want = gradients(g, *given)
+        if ops.BACKEND == "mlx":
+            import mlx.core as mx
+
+            compiled = mx.compile(lambda slope, *x: gradients(lambda q, k, v, *table: f(q, k, v, w, None, slope, *table), *x))
+            got = compiled(bias.slope, *given)
+        else:
+            import torch
+
+            got = gradients(torch.compile(g, fullgraph=True, backend="aot_eager"), *given)
+        assert len(got) == len(want) and all(apart(ops.numpy(a), ops.numpy(b)) < 1e-4 for a, b in zip(got, want))
+
+
 @torch_only
 @pytest.mark.parametrize("lse", [False, True], ids=["y", "lse"])
-@pytest.mark.parametrize("how", ["plain", "documents"])
+@pytest.mark.parametrize("how", ["plain", "documents", "slope", "table"])
 def test_the_operator_is_what_it_says(how, lse):
     """Schema, gradients and shapes as torch's own check wants them, of queries that lie in memory as a model's do."""
     import torch
 
-    q, k, v = (ops.swap(torch.randn(2, 50, h, 8), 1, 2).requires_grad_() for h in (4, 2, 2))
+    q, k, v = (ops.swap(torch.randn(2, 50, h, d), 1, 2).requires_grad_() for h, d in ((4, 8), (2, 8), (2, 5)))
     begin = cut_in_two(50, 20) if how == "documents" else None
+    slope, table = torch.rand(4) if how == "slope" else None, torch.randn(4, 11).requires_grad_() if how == "table" else None
     name = named(parse("longformer:window=9,n_global=2"))
-    torch.library.opcheck(blocks.attention, (q, k, v, begin, name, [0, 1, 2, 3], 0, 0, 0, 0, 0.3, lse))
+    torch.library.opcheck(blocks.attention, (q, k, v, table, slope, begin, name, [0, 1, 2, 3], 0, 0, 0, 0, 0.3, lse))
 
 
 @torch_only
@@ -271,6 +359,19 @@ def test_the_compiled_model_in_mlx(use, cut, how):
     compiled = mx.compile(lambda x: ops.value_and_grad(model, lambda: loss(x))[1])(tokens)
     for n, want in results[1][1].items():
         assert apart(ops.numpy(compiled[n]), ops.numpy(want)) < 1e-4, n
+
+
+@torch_only
+@pytest.mark.parametrize("T", [1, 3])
+def test_plain_products(T):
+    """What takes the place of fused attention for one query on a GPU, and for masks that no kernel there takes."""
+    q, k, v, _ = inputs(2, 4, 2, T, 20, 8, width=5)
+    see = ops.array(np.random.default_rng(0).random((2, 4, T, 20)) < 0.5)
+    see[1, 2, 0] = False
+    for mask in (None, see, see[:1, :1], see[:, :1], ops.where(see, 3.0 * see.cumsum(-1), -float("inf"))):
+        got, want = backend._plain(q, k, v, mask, 0.3), ops.sdpa(q, k, v, mask, 0.3)
+        assert got.shape == (2, 4, T, 5) and apart(ops.numpy(got), ops.numpy(want)) < 1e-5
+        assert mask is None or mask.shape[1] == 1 or (got[1, 2, 0] == 0).all()
 
 
 def test_names_of_rules():
@@ -388,6 +489,8 @@ def test_heads_that_see_all(use, cut, monkeypatch, spec, H, K, first):
     assert causal and all(x[0].shape[1] == heads for x in causal) and heads < H
     asked.clear()
     agree(use, "blocks", "float32", arrays, *where, rule, documents(np.random.default_rng(0), first, 70, 2))
+    for kind in ("slope", "table"):
+        agree(use, "blocks", "float32", arrays, *where, rule, bias=biased(kind, H))
     assert not [x for x in asked if isinstance(x[3], str)]
 
 
@@ -471,15 +574,17 @@ import numpy as np
 import ops
 from conftest import gradients, places
 from kernels import attend
+from test_engines import biased
 from test_layout import parse
 import kernels
 
-kernels.ENGINE, backward, rule, took = "blocks", sys.argv[1] == "backward", parse("longformer:window=128,n_global=8"), {}
+kernels.ENGINE, backward, rule, took = "blocks", "backward" in sys.argv[1], parse("longformer:window=128,n_global=8"), {}
+bias = biased("table", R=200) if "table" in sys.argv[1] else None
 def run(n):
     q, k, v = (ops.normal((1, h, n, 32), ops.float32) for h in (4, 2, 2))
     at = places(np.arange(n))._replace(first=0)
     ops.wait(q, k, v)
-    f = lambda q, k, v: attend(q, k, v, at, at, rule)
+    f = lambda q, k, v: attend(q, k, v, at, at, rule, bias=bias)
     out = gradients(lambda *x: f(*x).sum(), q, k, v) if backward else f(q, k, v)
     ops.wait(out)
     del out
@@ -497,7 +602,7 @@ print(json.dumps(took))
 """
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "backward with a table"])
 def test_memory_grows_linearly(direction):
     """A mask array alone would take 67 MB at 8192, scores 1 GB; four times the length takes about four times the memory."""
     took = json.loads(python(PEAK, ops.BACKEND, direction, OMP_NUM_THREADS="1"))

@@ -10,6 +10,7 @@ from conftest import RULES as ALONE
 import kernels
 import ops
 import plugins
+from kernels import Bias
 
 ENGINES = ["stock", "auto", "blocks", *(["triton"] if kernels.TRITON else [])]
 RULES = [small("attention", n) for n in ALONE + JOINED]
@@ -22,27 +23,48 @@ every_rule = pytest.mark.parametrize("rule", RULES, ids=named)
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
-def inputs(B, H, K, T, N, D, seed=0, dtype="float32"):
-    draw = np.random.default_rng(seed)
+def inputs(B, H, K, T, N, D, seed=0, dtype="float32", width=None):
+    """q, k, v and weights of the output; width: of values, D if None."""
+    draw, width = np.random.default_rng(seed), width or D
     return [
-        ops.array(draw.normal(size=(B, n, m, D)).astype("float32"), getattr(ops, dtype)) * s
-        for n, m, s in ((H, T, 2), (K, N, 1), (K, N, 1), (H, T, 1))
+        ops.array(draw.normal(size=(B, n, m, d)).astype("float32"), getattr(ops, dtype)) * s
+        for n, m, d, s in ((H, T, D, 2), (K, N, D, 1), (K, N, width, 1), (H, T, width, 1))
     ]
 
 
-def outcome(use, engine, arrays, *how, **named):
-    """attend() and the gradients of <attend, w> by q, k and v, as numpy."""
+def biased(kind, H=4, R=9, size=2):
+    """A Bias, different in every head; None: none."""
+    if kind is None:
+        return None
+    if kind == "slope":
+        return Bias(ops.array(np.array([0.3 / (h + 1) ** 2 for h in range(H)], "float32")))
+    return Bias(None, ops.array(np.random.default_rng(H).normal(size=(H, R)).astype("float32")) * size)
+
+
+def trained(arrays, bias=None):
+    """What of attend()'s arguments has gradients, and what makes of them the arrays and the bias again."""
+    table = [] if bias is None or bias.table is None else [bias.table]
+    return [*arrays[:3], *table], lambda *x: (x[:3], Bias(None, x[3]) if table else bias)
+
+
+def outcome(use, engine, arrays, *how, bias=None, **named):
+    """attend() and the gradients of <attend, w> by q, k and v, and a bias's table, as numpy."""
     use(engine)
-    *qkv, w = arrays
-    y = kernels.attend(*qkv, *how, **named)
-    assert y.dtype == qkv[0].dtype and y.shape == qkv[0].shape
-    f = lambda *qkv: (ops.cast(kernels.attend(*qkv, *how, **named), ops.float32) * ops.cast(w, ops.float32)).sum()
-    return [ops.numpy(a) for a in (y, *gradients(f, *qkv))]
+    given, parts = trained(arrays, bias)
+
+    def attend(*x):
+        qkv, bias = parts(*x)
+        return kernels.attend(*qkv, *how, bias=bias, **named)
+
+    (q, _, v, w), y = arrays, attend(*given)
+    assert y.dtype == q.dtype and tuple(y.shape) == (*q.shape[:3], v.shape[3])
+    f = lambda *x: (ops.cast(attend(*x), ops.float32) * ops.cast(w, ops.float32)).sum()
+    return [ops.numpy(a) for a in (y, *gradients(f, *given))]
 
 
 def agree(use, engine, dtype, arrays, *how, rows=1, **named):
     """rows: 0 for queries whose answer is nobody's business, in what broadcasts to the output."""
-    for what, a, b in zip("yqkv", *(outcome(use, e, arrays, *how, **named) for e in (engine, "dense"))):
+    for what, a, b in zip("yqkvt", *(outcome(use, e, arrays, *how, **named) for e in (engine, "dense"))):
         a, b = (a * rows, b * rows) if what == "y" else (a, b)
         error = apart(a, b) if dtype == "float32" else np.sqrt(np.mean((a - b) ** 2)) / (b.std() + 1e-9)
         # where a query sees itself alone its gradient is nothing but rounding
@@ -50,18 +72,24 @@ def agree(use, engine, dtype, arrays, *how, rows=1, **named):
         assert error <= EPS[dtype], "y" if what == "y" else f"gradient of {what}"
 
 
-def test_dense_equals_numpy(use):
+@pytest.mark.parametrize("kind", [None, "slope", "table"])
+def test_dense_equals_numpy(use, kind):
     """The specification itself, written out once more in float64."""
     B, H, K, T, N, D = 2, 4, 2, 9, 13, 8
     q, k, v, _ = (ops.numpy(a).astype("float64") for a in inputs(B, H, K, T, N, D))
     at, keys = np.arange(4, 13), np.arange(13)
     s = np.einsum("bhtd,bhnd->bhtn", q, k.repeat(2, 1)) * 0.3
+    bias, far = biased(kind, R=3), at[:, None] - keys
+    if kind == "slope":
+        s -= ops.numpy(bias.slope).astype("float64")[:, None, None] * far
+    if kind == "table":
+        s += ops.numpy(bias.table).astype("float64")[:, far.clip(0, 2)]
     s[:, :, (keys > at[:, None]) | (at[:, None] - keys >= 5)] = -np.inf
     p = np.exp(s - s.max(-1, keepdims=True))
     want = np.einsum("bhtn,bhnd->bhtd", p / p.sum(-1, keepdims=True), v.repeat(2, 1))
     use("dense")
     how = places(at), places(keys), plugins.parse("attention", "window:window=5")
-    got, lse = kernels.attend(*inputs(B, H, K, T, N, D)[:3], *how, scale=0.3, lse=True)
+    got, lse = kernels.attend(*inputs(B, H, K, T, N, D)[:3], *how, scale=0.3, bias=bias, lse=True)
     assert apart(ops.numpy(got), want) < 1e-5 and apart(ops.numpy(lse), np.log(np.exp(s).sum(-1))) < 1e-5
 
 
@@ -113,20 +141,21 @@ def test_rows_that_see_nothing_give_zeros(use, engine):
     agree(use, engine, "float32", arrays, q_at, k_at, plugins.parse("attention", "full"), begin)
 
 
-def with_lse(use, engine, arrays, *how, lost=0.0, **named):
+def with_lse(use, engine, arrays, *how, lost=0.0, bias=None, **named):
     """y, lse and the gradients of <y, w> + <sin lse, w's first column>; lost: the gradient that rows without keys get handed."""
     use(engine)
-    *qkv, w = arrays
+    (*qkv, w), (given, parts) = arrays, trained(arrays, bias)
 
-    def f(*qkv):
-        y, lse = kernels.attend(*qkv, *how, lse=True, **named)
+    def f(*x):
+        qkv, bias = parts(*x)
+        y, lse = kernels.attend(*qkv, *how, lse=True, bias=bias, **named)
         some = lse > -1e30
         u = ops.where(some, ops.cast(w[..., 0], ops.float32), lost)
         return ops.cast(y * w, ops.float32).sum() + (u * ops.where(some, ops.sin(ops.where(some, lse, 0.0)), lse)).sum()
 
-    y, lse = kernels.attend(*qkv, *how, lse=True, **named)
+    y, lse = kernels.attend(*qkv, *how, lse=True, bias=bias, **named)
     assert y.dtype == qkv[0].dtype and lse.dtype == ops.float32 and tuple(lse.shape) == tuple(y.shape[:3])
-    return [ops.numpy(a) for a in (y, lse, *gradients(f, *qkv))]
+    return [ops.numpy(a) for a in (y, lse, *gradients(f, *given))]
 
 
 @pytest.mark.parametrize("dtype", EPS)
@@ -153,6 +182,116 @@ def test_log_sum_exp_of_nothing(use, engine):
     assert (lse[:, :, :6] == -np.inf).all() and np.isfinite(lse[:, :, 6:]).all() and (y[:, :, :6] == 0).all() and (dq[:, :, :6] == 0).all()
     for a, b in zip((dq, dk, dv), with_lse(use, "dense", inputs(2, 4, 2, 20, 30, 8), *how)[2:]):
         assert apart(a, b) < 1e-4
+
+
+every_bias = pytest.mark.parametrize("kind", ["slope", "table"])
+some_rules = pytest.mark.parametrize("rule", [small("attention", n) for n in ("full", "longformer", "duo&bigbird|local")], ids=named)
+
+
+def behind(T, N):
+    """Places of the last T of N consecutive tokens, and of all."""
+    return places(np.arange(N - T, N))._replace(first=N - T), places(np.arange(N))._replace(first=0)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("shape", [(3, 4, 1, 1, 33, 16), (2, 4, 2, 37, 61, 8)], ids=lambda s: "x".join(map(str, s)))
+@every_bias
+@every_engine
+@some_rules
+def test_a_bias(use, rule, engine, kind, shape, dtype):
+    """One query or many, with documents and exempt keys or without."""
+    T, N = shape[3:5]
+    begin = ops.array(np.where(np.arange(N - T, N) < 50, 20, 50).astype("int32")[None, None].repeat(shape[0], 0))
+    for how in ((), (begin, 2, 1)):
+        agree(use, engine, dtype, inputs(*shape, dtype=dtype), *behind(T, N), plugins.parse("attention", rule), *how, bias=biased(kind))
+
+
+@pytest.mark.parametrize("engine, room", [*((e, 1 << 20) for e in ENGINES), ("auto", 1100), ("auto", 1)])
+@every_bias
+def test_a_bias_of_scattered_keys(use, engine, kind, room, monkeypatch):
+    """Key heads that remember different tokens, holes, documents; one query at a time, some, all; padding and empty rows."""
+    monkeypatch.setattr(kernels, "SCORES", room)
+    B, K, T, N = 2, 2, 7, 45
+    draw = np.random.default_rng(3)
+    k_at = np.stack([draw.permutation(60)[:N] for _ in range(B * K)]).reshape(B, K, N)
+    k_at = np.where(draw.random(k_at.shape) < 0.2, -1, k_at)
+    q_at = np.array([[0, 30, 31, 40, 41, 60, 100], [12, 13, 14, 55, 56, -1, -1]])
+    begin = ops.array(np.where(q_at < 41, 0, np.where(q_at < 100, 41, 100)).astype("int32")[:, None])
+    arrays, rows = inputs(B, 4, K, T, N, 8), (q_at >= 0)[:, None, :, None]
+    arrays[3] = arrays[3] * ops.array(rows)
+    how = places(q_at), places(k_at), plugins.parse("attention", "window:window=40"), begin, 3, 0, 0.2
+    agree(use, engine, "float32", arrays, *how, bias=biased(kind), rows=rows)
+    y = outcome(use, engine, arrays, *how, bias=biased(kind))[0]
+    assert (y[0, :, -1] == 0).all(), "a document without keys"
+    how = places(q_at[:1, 1:4]), places(k_at[:1]), *how[2:3], begin[:1, :, 1:4], *how[4:]
+    arrays = inputs(1, 4, K, 3, N, 8)
+    got, want = (with_lse(use, e, arrays, *how, bias=biased(kind)) for e in (engine, "dense"))
+    assert all(apart(a, b) < 2e-5 for a, b in zip(got, want))
+
+
+@every_bias
+@every_engine
+def test_a_query_that_sees_nothing_gives_zeros_under_a_bias(use, engine, kind):
+    """Alone, and among others; in 16 bits too."""
+    for q_at, dtype in (([3], "float32"), ([3, 20, 3], "float32"), ([3], "bfloat16"), ([3, 20, 3], "bfloat16")):
+        arrays = inputs(2, 4, 2, len(q_at), 9, 8, dtype=dtype)
+        how = places(q_at), places([*range(10, 18), -1]), plugins.parse("attention", "full")
+        for bias in (biased(kind), None):
+            y, dq, *rest = outcome(use, engine, arrays, *how, bias=bias)
+            for a in (y, dq):
+                assert all((a[:, :, i] == 0).all() == (at == 3) for i, at in enumerate(q_at))
+            assert all(np.isfinite(a).all() for a in rest)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@every_engine
+def test_slopes_far_away(use, engine, dtype):
+    """The nearest keys stand thousands of tokens before the query, so that all that counts are small differences of large numbers."""
+    H, T, N, far = 4, 20, 40, 5000
+    bias = Bias(ops.array(np.array([1, 0.5, 0.1, 0.01], "float32")))
+    q_at, k_at = places(np.arange(far, far + T))._replace(first=far), places(np.arange(N))._replace(first=0)
+    arrays, rule = inputs(1, H, 2, T, N, 8, dtype=dtype), plugins.parse("attention", "full")
+    q, k, v = (ops.numpy(x).astype("float64") for x in arrays[:3])
+    s = q @ k.repeat(2, 1).swapaxes(2, 3) / 8**0.5
+    s -= ops.numpy(bias.slope)[:, None, None].astype("float64") * (np.arange(far, far + T)[:, None] - np.arange(N))
+    p = np.exp(s - s.max(-1, keepdims=True))
+    want = p / p.sum(-1, keepdims=True) @ v.repeat(2, 1)
+    y = outcome(use, engine, arrays, q_at, k_at, rule, bias=bias)[0]
+    # float32 itself tells distances of 5000 apart by 2e-4 of a slope of 1
+    assert apart(y, want) < {"float32": 1e-3, "bfloat16": 3e-2}[dtype]
+
+
+@every_bias
+@pytest.mark.parametrize("engine", ["dense", *ENGINES])
+def test_what_of_a_bias_is_trained(use, engine, kind):
+    """A table; slopes are constants on every engine."""
+    use(engine)
+    (q, k, v, w), how = inputs(2, 4, 2, 37, 61, 8), (*behind(37, 61), plugins.parse("attention", "full"))
+    for wanted in (False, True):
+        made = lambda x: Bias(x) if kind == "slope" else Bias(None, x)
+
+        def f(x, made=made, wanted=wanted):
+            y = kernels.attend(q, k, v, *how, bias=made(x), lse=wanted)
+            return ((y[0] if wanted else y) * w).sum() + 0 * x.sum()
+
+        (g,) = gradients(f, getattr(biased(kind), kind)) if ops.BACKEND == "torch" else [gradients(f, getattr(biased(kind), kind))[0]]
+        assert bool((ops.numpy(g) != 0).any()) == (kind == "table")
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("width", [8, 5])
+@every_engine
+@some_rules
+def test_narrow_values(use, rule, engine, width, dtype):
+    """Values of fewer numbers than keys have: one query or many, with a bias or without, the log-sum-exp or not."""
+    rule = plugins.parse("attention", rule)
+    for shape in ((2, 4, 2, 1, 33, 16), (2, 4, 2, 37, 61, 16)):
+        arrays, how = inputs(*shape, dtype=dtype, width=width), (*behind(*shape[3:5]), rule)
+        for kind in (None, "table"):
+            agree(use, engine, dtype, arrays, *how, scale=0.2, bias=biased(kind))
+    got, want = (with_lse(use, e, arrays, *how, scale=0.2) for e in (engine, "dense"))
+    for a, b in zip(got, want):
+        assert (apart(a, b) if dtype == "float32" else np.sqrt(np.mean((a - b) ** 2)) / b.std()) <= EPS[dtype]
 
 
 def merged(parts):
