@@ -44,7 +44,7 @@ from runs import lengths
 SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 TRAINING = {"length": 1024, "batch": 32, "micro": 32, "steps": 800, "warmup": 80, "lr": 1e-3, "read": 1 << 19}
 TOY_SHAPE = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOY = {"length": 128, "batch": 16, "micro": 16, "steps": 120, "warmup": 12, "lr": 3e-3, "read": 1 << 15}
+TOY = {"length": 128, "batch": 16, "micro": 16, "steps": 100, "warmup": 10, "lr": 3e-3, "read": 1 << 14}
 TIMES = (1, 2, 4, 8)
 # what a trained model must agree in with what is asked for
 SAME = ("pos", "length", "batch", "steps", "warmup", "lr", "seed", "data", "valid")
