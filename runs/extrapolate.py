@@ -157,7 +157,7 @@ def arguments(argv=None):
     p.add_argument("--data", nargs="+", metavar="PATH", help="texts to train on (default: Python's own library)")
     p.add_argument("--valid", nargs="+", metavar="PATH", help="held-out texts (default: a twentieth of the data's files)")
     p.add_argument("--models", type=Path, metavar="FOLDER", help="the trained models (default: out/extrapolate, out/extrapolate-toy)")
-    p.add_argument("--only", type=lambda text: text.split(","), metavar="NAME,NAME", help="train these, of rope, alibi, t5, xl, none")
+    p.add_argument("--only", type=lambda text: text.split(","), metavar="NAME,NAME", help="train these, of rope, none, alibi, t5, xl")
     p.add_argument("--xl", default="width=128", metavar="OPTIONS", help="of --pos xl, whose features widen heads (default width=128)")
     for k in TRAINING:
         p.add_argument(f"--{k}", type=float if k == "lr" else cli.whole, help=f"default {TRAINING[k]}, with --toy {TOY[k]}")
@@ -206,18 +206,26 @@ def main(argv=None):
         "texts": [{"name": name, "tokens": len(tokens) - 1} for name, tokens in texts],
         "rows": [],
     }
-    keep = lengths.keeper(args.out / f"{args.name or ('extrapolate-toy' if args.toy else 'extrapolate')}.json", result)
+    failed, keep = [], lengths.keeper(args.out / f"{args.name or ('extrapolate-toy' if args.toy else 'extrapolate')}.json", result)
     for name, pos in args.specs.items():
         if args.only is None or name in args.only:
             cli.say(f"== {pos}")
-            train(pos, ours[name], start, here, args)
+            try:
+                train(pos, ours[name], start, here, args)
+            except Refused as no:
+                # the others are worth having without it
+                cli.say(no)
+                failed.append(name)
+                continue
         # what is there is read, so that each call leaves a whole table
         if rundir.checkpoints(ours[name]):
             result["rows"].append(read(ours[name], pos, texts, args))
             keep()
     print(table(result))
-    if args.plot:
+    if args.plot and result["rows"]:
         picture(result, args.plot)
+    if failed:
+        raise Refused(f"not trained: {', '.join(failed)}; the reasons stand above")
 
 
 if __name__ == "__main__":
