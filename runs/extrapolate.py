@@ -129,9 +129,9 @@ def read(out, pos, texts, args):
         every = np.concatenate([lengths.read(model, tokens, n, lengths.at_once()) for _, tokens in texts]).astype(np.float64)
         row["cells"].append({"length": n, "loss": every.mean(), "bits_per_byte": every.mean() / math.log(2), "bytes": every.size})
     row["cells"][-1]["curve"] = evaluate.by_position(every.sum(0), np.full(n, len(every)), 4)
-    cli.say(
-        f"{pos}: " + ", ".join(f"{c['length']}: {c['bits_per_byte']:.3f}" for c in row["cells"]) + f"; {time.perf_counter() - start:.1f} s"
-    )
+    bits = ", ".join(f"{c['bits_per_byte']:.3f} at {c['length']}" for c in row["cells"])
+    speed = f"{row['training']['tokens_per_second']:,} tokens/s in training"
+    cli.say(f"{pos}: {bits} bits per byte; {speed}; read in {time.perf_counter() - start:.1f} s")
     return row
 
 
@@ -170,12 +170,11 @@ def arguments(argv=None):
             # fewer steps warm up for a tenth of them, too
             setattr(args, k, args.steps // 10 if k == "warmup" else default)
     args.models = args.models or Path("out") / ("extrapolate-toy" if args.toy else "extrapolate")
-    specs = {
-        name: str(plugins.parse("positions", f"xl:{args.xl}" if name == "xl" else name)) for name in ("rope", "alibi", "t5", "xl", "none")
-    }
-    if unknown := [name for name in args.only or () if name not in specs]:
-        raise Refused(f"--only {unknown[0]!r} is not known: choose of {', '.join(specs)}")
-    args.specs = {name: "xl:" + args.xl if name == "xl" else name for name in specs}
+    args.specs = {name: f"xl:{args.xl}" if name == "xl" and args.xl else name for name in ("rope", "none", "alibi", "t5", "xl")}
+    for spec in args.specs.values():
+        plugins.parse("positions", spec)
+    if unknown := [name for name in args.only or () if name not in args.specs]:
+        raise Refused(f"--only {unknown[0]!r} is not known: choose of {', '.join(args.specs)}")
     return args
 
 
@@ -196,10 +195,8 @@ def main(argv=None):
     here = {"data": [os.path.abspath(f) for f in files], "valid": [os.path.abspath(f) for f in valid]}
     longest = args.length * TIMES[-1]
     texts = held_out(valid, tokenizers.load(start), longest, args.read)
-    settings = {k: getattr(args, k) for k in TRAINING} | {
-        "seed": args.seed,
-        "dtype": args.dtype or ("bfloat16" if ops.on_gpu() else "float32"),
-    }
+    settings = {k: getattr(args, k) for k in TRAINING} | {"seed": args.seed}
+    settings["dtype"] = args.dtype or ("bfloat16" if ops.on_gpu() else "float32")
     result = {
         **{"machine": common.machine(), "command": lengths.command(__file__), "protocol": lengths.protocol(__doc__)},
         **{"shape": shape, "settings": settings, "lengths": [args.length * k for k in TIMES]},

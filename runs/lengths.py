@@ -261,7 +261,8 @@ def table(r):
     for row in r["rows"]:
         name = label(row).replace("L/L0", f"L/{show(r['original'])}")
         lines.append("| " + " | ".join([name, *("=" if "as" in c else number(c["perplexity"]) for c in row["cells"])]) + " |")
-    return "\n".join(lines) + "\n\n`=`: plain rope, since nothing is stretched there."
+    same = any("as" in c for row in r["rows"] for c in row["cells"])
+    return "\n".join([*lines, *(["", "`=`: plain rope, since nothing is stretched there."] if same else [])])
 
 
 def plot(curves, mark, path, what, unit):
