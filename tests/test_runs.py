@@ -1,0 +1,185 @@
+"""The scripts in runs/: windows are read as evaluate.py reads segments, schemes are what --pos makes of them, tables print again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, apart, run, text, tiny
+
+import evaluate
+import tokenizer
+from errors import Refused
+from model import Config, load, save
+from runs import extrapolate, lengths
+
+fresh = tiny.__wrapped__
+
+
+def novel(path, words, seed):
+    """A file of words of a small vocabulary."""
+    draw = np.random.default_rng(seed)
+    path.write_text(" ".join(draw.choice(["whale", "sea", "the", "of", "é", "and\n"], words)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("pos", ["rope", "dynamic:original=8", "alibi", "xl"])
+def test_windows_are_segments(pos):
+    model, tokens = tiny(pos=pos), text(49)[0]
+    got = lengths.read(model, tokens, 16, at_once=32)
+    want = [evaluate.perplexity(model, tokens[i : i + 17], segment=16) for i in (0, 16, 32)]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert abs(got - evaluate.perplexity(model, tokens, segment=48).reshape(3, 16)).max() > 1e-2, "a window must not see the one before"
+    x, y = lengths.windows(tokens, 16)
+    np.testing.assert_allclose(lengths.losses(model, x, y, piece=7), got, rtol=1e-4, atol=1e-4)
+    assert run(model, tokens[None]).shape == (1, 49, TINY["vocab_size"]), "the model gives logits again"
+
+
+@pytest.mark.parametrize("length", [4, 8, 32])
+def test_every_length_predicts_the_same_tokens(length):
+    tokens = np.arange(33)
+    x, y = lengths.windows(tokens, length)
+    assert x.shape == y.shape == (32 // length, length)
+    np.testing.assert_array_equal(x.reshape(-1), tokens[:-1])
+    np.testing.assert_array_equal(y.reshape(-1), tokens[1:])
+
+
+@pytest.mark.parametrize("pos", ["pi:factor=4", "ntk:factor=4", "yarn:factor=4", "dynamic:factor=2"])
+def test_another_scheme_in_a_model_that_is_there(pos):
+    model, tokens = fresh(max_position_embeddings=16), text(64)
+    plain = run(model, tokens)
+    lengths.feel(model, lengths.scheme(model.config, pos))
+    got = run(model, tokens)
+    assert apart(got, run(fresh(pos=pos, max_position_embeddings=16), tokens)) < 1e-6
+    assert apart(got, plain) > 1e-2
+    lengths.feel(model, lengths.scheme(model.config, "rope"))
+    np.testing.assert_array_equal(run(model, tokens), plain)
+
+
+def test_dynamic_of_factor_1_read_at_once_is_ntk():
+    model, tokens = fresh(max_position_embeddings=16), text(64)
+    logits = []
+    for pos in ("dynamic:factor=1", "ntk:factor=4"):
+        lengths.feel(model, lengths.scheme(model.config, pos))
+        logits.append(run(model, tokens))
+    assert apart(*logits) < 1e-5
+
+
+def test_longrope_takes_a_list():
+    c = Config(**TINY, num_hidden_layers=1, max_position_embeddings=16)
+    slower = [1.0, 1.5, 2.0, 8.0]
+    found, plain = lengths.scheme(c, "longrope", 8.0, slower), lengths.scheme(c, "rope")
+    np.testing.assert_allclose(np.array(plain.frequencies()) / found.frequencies(), slower)
+    assert found.temperature == pytest.approx(1 + np.log(8) / np.log(16))
+    np.testing.assert_allclose(lengths.stretch(c, "pi:factor=8"), [8] * 4)
+    np.testing.assert_allclose(lengths.stretch(c, "ntk:factor=8"), 8 ** (np.arange(4) / 3))
+
+
+def test_search_finds_what_is_better_than_its_starts():
+    want = np.array([1, 1, 1.2, 2, 3, 4, 4, 4])
+    score = lambda factors: float((np.log(factors / want) ** 2).sum())
+    starts = {"pi": [4.0] * 8, "ntk": list(4 ** (np.arange(8) / 7))}
+    found = lengths.search(starts, score, 60, 5.0, seed=0)
+    assert len(found) == 60 and found[0]["loss"] < 0.7 * min(score(s) for s in starts.values())
+    for x in found:
+        assert (np.diff(x["factors"]) >= 0).all() and x["factors"][0] >= 1 and x["factors"][-1] <= 5
+        assert x["loss"] == score(x["factors"])
+    assert lengths.search(starts, score, 60, 5.0, seed=0) == found != lengths.search(starts, score, 60, 5.0, seed=1)
+    assert lengths.search(starts, score, 2, 5.0, seed=0)[0]["from"] == "ntk", "no worse than the best start"
+    with pytest.raises(ValueError, match="decrease"):
+        lengths.search({"odd": [2.0, 1.0]}, score, 3, 5.0, 0)
+
+
+def test_lengths_and_its_table(tmp_path, tokenizer_files, capsys):
+    model = fresh(vocab_size=256, max_position_embeddings=16)
+    save(model, tmp_path / "model", tokenizer_files)
+    texts, other = [novel(tmp_path / f"{i}.txt", 100, i) for i in range(2)], novel(tmp_path / "other.txt", 100, 9)
+    flags = ["--model", str(tmp_path / "model"), "--lengths", "8,16,64", "--evaluations", "5", "--out", str(tmp_path), "--device", "cpu"]
+    lengths.main([*flags, "--data", *texts, "--calibrate", other])
+    printed = capsys.readouterr().out
+    r = json.loads((tmp_path / "lengths.json").read_text())
+    rows = {(row["scheme"], row["factor"]): row["cells"] for row in r["rows"]}
+    assert len(rows) == 11 and all(len(cells) == 3 for cells in rows.values())
+    assert all(cell["tokens"] == 128 for cells in rows.values() for cell in cells)
+    # the figures are those of the model as load() makes it
+    tokens = [tokenizer.load(tokenizer_files).encode(Path(path).read_text(encoding="utf-8"))[:65] for path in texts]
+    for at, pos, (name, factor) in ((2, "yarn:factor=4", ("yarn", "L/L0")), (0, "pi:factor=4", ("pi", "4")), (1, "rope", ("ntk", "L/L0"))):
+        other, cell = load(tmp_path / "model", pos=pos, dtype="float32", device="cpu")[0], rows[name, factor][at]
+        want = np.mean([lengths.read(other, t, cell["length"], 64).mean() for t in tokens])
+        assert cell["loss"] == pytest.approx(want, rel=1e-4) and cell["perplexity"] == pytest.approx(np.exp(want), rel=1e-3)
+    # where nothing is stretched it is rope's figure, said once
+    assert ["as" in cell for cell in rows["yarn", "L/L0"]] == [True, True, False] and "as" not in rows["yarn", "4"][0]
+    assert rows["pi", "4"][2]["loss"] == rows["pi", "L/L0"][2]["loss"]
+    found = r["longrope"]["4"]
+    assert found["loss"] <= min(found["starts"].values()) and found["evaluations"] == 5
+    assert sum(b["tokens"] for b in rows["rope", ""][2]["curve"]) == 128
+    lengths.main(["--table", str(tmp_path / "lengths.json")])
+    assert capsys.readouterr().out == printed and "| yarn, factor 4 |" in printed
+
+
+def test_lengths_refuses(tmp_path, tokenizer_files):
+    save(fresh(vocab_size=256, max_position_embeddings=16), tmp_path / "model", tokenizer_files)
+    book = novel(tmp_path / "a.txt", 100, 0)
+    flags = ["--model", str(tmp_path / "model"), "--out", str(tmp_path), "--lengths", "16,64"]
+    for more, why in (
+        ([], "--data is missing"),
+        (["--data", book, "--lengths", "16,40"], "must divide"),
+        (["--data", book, "--lengths", "16k"], "longer texts"),
+        (["--data", book, "--calibrate", book], "one of --data too"),
+        (["--data", book, "--schemes", "pi,oops"], "oops"),
+    ):
+        with pytest.raises(Refused, match=why):
+            lengths.main([*flags, *more])
+
+
+def test_a_token_is_a_byte(tmp_path):
+    tok = tokenizer.load(extrapolate.byte_folder(tmp_path / "start", extrapolate.TOY_SHAPE, 16))
+    said = "naïve – 鯨\n\n  x"
+    ids = tok.encode(said)
+    assert len(ids) == len(said.encode()) and tok.decode(ids) == said and max(ids) < 256
+    assert tok.eos_id == 256 < json.loads((tmp_path / "start" / "config.json").read_text())["vocab_size"]
+
+
+def test_extrapolate_trains_reads_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOLONG_CACHE", str(tmp_path / "cache"))
+    train, valid = [novel(tmp_path / f"{i}.txt", 3000, i) for i in range(2)], [novel(tmp_path / f"v{i}.txt", 500, 7 + i) for i in range(2)]
+    flags = ["--toy", "--length", "32", "--batch", "8", "--micro", "8", "--steps", "40", "--warmup", "4", "--read", "2k", "--device", "cpu"]
+    flags += ["--data", *train, "--valid", *valid, "--models", str(tmp_path / "models"), "--out", str(tmp_path), "--name", "toy"]
+    extrapolate.main([*flags, "--only", "alibi"])
+    printed, r = capsys.readouterr().out, json.loads((tmp_path / "toy.json").read_text())
+    (row,) = r["rows"]
+    assert [cell["length"] for cell in row["cells"]] == [32, 64, 128, 256]
+    # as many bytes of both texts, the same at each length
+    assert {cell["bytes"] for cell in row["cells"]} == {2048} and [t["tokens"] for t in r["texts"]] == [1024, 1024]
+    assert row["training"]["tokens"] > 40 * 8 * 31 and row["training"]["tokens_per_second"] > 0
+    # better than bytes drawn evenly, and as train.py has it over other windows
+    bits = row["cells"][0]["bits_per_byte"]
+    assert bits < 5 and abs(bits * np.log(2) - row["training"]["valid_loss"][-1]) < 0.3
+    assert "| alibi | " in printed and f"{bits:.3f}" in printed
+    # what is trained is read again, and not trained again
+    monkeypatch.setattr(extrapolate.subprocess, "run", lambda *args, **how: pytest.fail("nothing is left to train"))
+    extrapolate.main([*flags, "--only", "alibi"])
+    assert json.loads((tmp_path / "toy.json").read_text())["rows"][0]["cells"] == row["cells"]
+    extrapolate.main(["--table", str(tmp_path / "toy.json")])
+    assert capsys.readouterr().out.endswith(printed)
+    with pytest.raises(Refused, match="not trained: alibi"):
+        extrapolate.main([*flags, "--only", "alibi", "--seed", "5"])
+    assert "another --seed" in capsys.readouterr().err
+
+
+def test_extrapolate_reads_what_is_there_when_one_fails(tmp_path, monkeypatch, capsys):
+    book = [novel(tmp_path / f"{i}.txt", 3000, i) for i in range(2)]
+
+    def broken(command, stdout, stderr):
+        stdout.write("out of memory\n")
+        return type("Done", (), {"returncode": 1})
+
+    monkeypatch.setattr(extrapolate.subprocess, "run", broken)
+    with pytest.raises(Refused, match="not trained: rope, t5"):
+        extrapolate.main(["--toy", "--data", *book, "--models", str(tmp_path / "m"), "--out", str(tmp_path), "--only", "rope,t5"])
+    assert capsys.readouterr().err.count("out of memory") == 2
+
+
+def test_protocols_say_what_is_done():
+    for script in (lengths, extrapolate):
+        assert len(lengths.protocol(script.__doc__)) > 300
