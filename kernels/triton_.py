@@ -650,9 +650,5 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     known = q_at.first is not None and k_at.first is not None
     where = (q_at.first, k_at.first, None, None) if known else (0, 0, q_at.at, k_at.at)
     slope, table = (None, None) if bias is None else bias
-    # keys may be wider than values (--pos xl); the kernels know one width
-    width, wider = v.shape[3], q.shape[3] - v.shape[3]
-    v = torch.nn.functional.pad(v, (0, wider)) if wider else v
     y, sums = flash(q, k, v, named(rule), *where, begin, always, opening, scale, slope, table)
-    y = y[..., :width] if wider else y
     return (y, torch.where(sums > 1e29, -torch.inf, sums / LOG2E)) if lse else y

@@ -188,15 +188,6 @@ def test_tensors_as_the_model_has_them(dtype, D):
     agree(dtype, (odd, k, v, w), row(100), row(100), rule)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_keys_wider_than_values(dtype):
-    """As --pos xl has them."""
-    q, k, v, w = inputs(2, 4, 2, 100, 100, 24, dtype)
-    narrow = lambda x: x.detach()[..., :16].requires_grad_()
-    begin = ops.array(np.repeat([[[0] * 60 + [60] * 40]], 2, 0).astype("int32"))
-    agree(dtype, (q, k, narrow(v), narrow(w)), row(100), row(100), placed("window:window=40", 4, 2), begin)
-
-
 @every_kind
 def test_without_lse_in_the_loss(dtype, D):
     arrays = inputs(1, 2, 1, 100, 100, D, dtype)
