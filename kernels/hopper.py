@@ -19,7 +19,7 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.triton_ import BESIDE, begins, bias_of, own, positions, seen
+from kernels.triton_ import BESIDE, MIRROR, begins, bias_of, own, positions, seen
 
 # fmt: off
 LOG2E = 1.4426950408889634
@@ -53,11 +53,17 @@ def _sees(qp, kp, qb, ki, h, layer, last, RULE: gl.constexpr, EXPLICIT: gl.const
 
 @gluon.jit
 def _tabled(s, q, k, TABLE, REACH: gl.constexpr, EXPLICIT: gl.constexpr, QDIM: gl.constexpr):
-    """Raw products with a table's entries. q, k: positions, or numbers that are as far from each other."""
-    far = gl.expand_dims(q, 1 - QDIM) - gl.expand_dims(k, QDIM)
+    """Raw products with a table's entries. q, k: positions, or numbers that are as far from each other. A thread's columns stand constants
+    apart, so that an address is a row's and a constant if the table runs as columns do: for columns of keys, backwards."""
+    q = gl.expand_dims(q, 1 - QDIM)
+    k = gl.expand_dims(k, QDIM)
     if EXPLICIT:
-        far = gl.minimum(gl.maximum(far, 0), REACH - 1)
-    return s + gl.load(TABLE + far)
+        at = TABLE + gl.minimum(gl.maximum(q - k, 0), REACH - 1)
+    elif QDIM == 1:
+        at = (TABLE - k) + q
+    else:
+        at = (TABLE - MIRROR - q) + k
+    return s + gl.load(at)
 
 @gluon.jit
 def _near(least, REACH: gl.constexpr):
@@ -546,7 +552,7 @@ def _scores(s, e, i, qp, kp, qb, ramp, near, each, TABLE, h, n_keys, q_first, k_
         else:
             apart = q_first + i * 128 + W * 64 - k_first - j
             if _near(apart - BK + 1, REACH):
-                s = _tabled(s, gl.arange(0, 64, gl.SliceLayout(1, s_l)), gl.arange(0, BK, gl.SliceLayout(0, s_l)), TABLE + _opaque(apart),
+                s = _tabled(s, gl.arange(0, 64, gl.SliceLayout(1, s_l)), gl.arange(0, BK, gl.SliceLayout(0, s_l)), TABLE - _opaque(apart),
                     REACH, EXPLICIT, 0)
     if e < 0:
         ki = _opaque(j) + gl.arange(0, BK, gl.SliceLayout(0, s_l))
@@ -610,7 +616,7 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
             q = my_q
         mbarrier.wait(k_full.index(stage), phase)
         s = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zs, use_acc=False, is_async=True)
-        e1 = gl.load(LIST + gl.minimum(lo + 1, hi - 1))
+        e1 = gl.load(LIST + gl.minimum(lo + 1, hi - 1)) if EXPLICIT else e
         kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
         s = warpgroup_mma_wait(0, deps=(s,))
         gl.thread_barrier()
@@ -620,9 +626,11 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
         p, m, l, a = _step(s, lack, m, l, scale)
         p = gl.convert_layout(p.to(ty), gl.DotOperandLayout(0, o_l, 2))
         for t in range(lo + 1, hi):
-            # known early, for positions are asked for early
-            e = e1
-            e1 = gl.load(LIST + gl.minimum(t + 1, hi - 1))
+            if EXPLICIT:
+                e = e1  # known early, for positions are asked for early
+                e1 = gl.load(LIST + gl.minimum(t + 1, hi - 1))
+            else:
+                e = gl.load(LIST + t)
             nstage = stage + 1
             nphase = phase
             if nstage == ST:

@@ -33,6 +33,8 @@ MASKED = tl.constexpr(-1e30)
 PARTIAL = tl.constexpr(0x7FFFFFFF)
 # entries on either side of a table: a block whose least distance is near has no distance beyond them
 BESIDE = tl.constexpr(256)
+# from where a table has distance 0 back to where it has it in the other direction
+MIRROR = tl.constexpr(2 * 256 + 1)
 BLOCK_BITS, BLOCK = tl.constexpr(plan.BLOCKS), tl.constexpr((1 << plan.BLOCKS) - 1)
 
 # ---------------------------------------------------------------- inside the kernels
@@ -115,7 +117,7 @@ def bias_of(EACH, TABLE, h, REACH: tl.constexpr, BIAS: tl.constexpr):
     if BIAS == "slope":
         return tl.load(EACH + h), TABLE
     elif BIAS == "table":
-        return tl.load(EACH + h), TABLE + h * (REACH + 2 * BESIDE) + BESIDE
+        return tl.load(EACH + h), TABLE + (2 * h + 1) * (REACH + 2 * BESIDE) + BESIDE
     else:
         return 0.0, TABLE
 
@@ -543,13 +545,14 @@ class Call(NamedTuple):
 
     def bias(self):
         """What the kernels read of a bias, in the unit of raw products: each head's slope, or its table's last entry; and the table,
-        less that entry, so that distant keys have none, with room on either side for distances that it does not have."""
+        less that entry, so that distant keys have none, with room on either side for distances that it does not have, backwards and forwards."""
         if self.table is None:
             return None if self.slope is None else self.slope / self.scale, None
         table = self.table.detach().float() / self.scale
         far = table[:, -1:]
-        near, R = table - far, table.shape[1]
-        return far.contiguous(), torch.cat([near[:, :1].expand(-1, BESIDE.value), near, torch.zeros_like(far).expand(-1, BESIDE.value)], 1)
+        near, room = table - far, BESIDE.value
+        near = torch.cat([near[:, :1].expand(-1, room), near, near[:, -1:].expand(-1, room)], 1)
+        return far.contiguous(), torch.cat([near.flip(1), near], 1)
 
     def key_heads(self):
         """How many key heads have positions of their own."""
