@@ -76,9 +76,9 @@ def _near(least, REACH: gl.constexpr):
 @triton.jit(do_not_specialize=["n"])
 def prepare(O, DO, LSE, DLSE, LD, DQ, Q_AT, BEGIN, EACH, n, sb, sh, sn, tb, th, tn, scale, H: tl.constexpr, D: tl.constexpr,
     BQ: tl.constexpr, WITH_LSE: tl.constexpr, BIAS: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr):
-    """For each query tile: BQ log-sum-exps (1e30 past the end), then BQ row sums of dO * O, then (where one of them lies in
-    memory) positions and documents' beginnings, into LD [B * H, tiles, 2 or 4, BQ]; zeroes the tile of the float32 dQ. Log-sum-exps are those of scores
-    without own(), distances counted from the tile's first query."""
+    """For each query tile: BQ log-sum-exps (1e30 past the end), then BQ row sums of dO * O, then (where one of them lies in memory)
+    positions and documents' beginnings, into LD [B * H, tiles, 2 or 4, BQ]; zeroes the tile of the float32 dQ. The log-sum-exps are
+    those of scores without own(), `near` being the tile's first query."""
     i = tl.program_id(0)
     z = tl.program_id(1)
     b = (z // H).to(tl.int64)
@@ -223,8 +223,8 @@ def _producer(q_desc, k_desc, v_desc, do_desc, ld_desc, q_s, do_s, ld_s, k_s, v_
             stage, phase = _fill(e, stage, phase, b, hk, q_desc, do_desc, ld_desc, q_s, do_s, ld_s, full, empty, qtiles, H, G, D, BQ, ST)
 
 @gluon.jit
-def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, kp_s, full, empty, k_full, v_full, kv_empty, PART, META, FIRST,
-    LIST, K_AT, EACH, TABLE, Z, n, n_keys, q_first, k_first, layer, qtiles, scale, sm,
+def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, kp_s, full, empty, k_full, v_full, kv_empty, PART, META,
+    FIRST, LIST, K_AT, EACH, TABLE, Z, n_keys, q_first, k_first, layer, qtiles, scale, sm,
               H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, ST: gl.constexpr, RULE: gl.constexpr,
                   BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr,
                   OPENING: gl.constexpr, REACH: gl.constexpr, K_HEADS: gl.constexpr, WARPS: gl.constexpr):
@@ -272,8 +272,8 @@ def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, 
             lse = lds.slice(0, BQ).load(gl.SliceLayout(0, s_l))
             each, MINE = bias_of(EACH, TABLE, h, REACH, BIAS)
             st = warpgroup_mma_wait(1, deps=(st,))
-            p = _weights(st, lse, e, i, j, kp_s, lds, each, MINE, q_first, k_first, n_keys, h, layer, scale, RULE, BIAS, EXPLICIT, DOCS, BEHIND,
-                ALWAYS, OPENING, REACH, BQ, BK, s_l)
+            p = _weights(st, lse, e, i, j, kp_s, lds, each, MINE, q_first, k_first, n_keys, h, layer, scale, RULE, BIAS, EXPLICIT, DOCS,
+                BEHIND, ALWAYS, OPENING, REACH, BQ, BK, s_l)
             dv = warpgroup_mma(gl.convert_layout(p.to(ty), a_l), dos, dv, is_async=True)
             dp = warpgroup_mma_wait(1, deps=(dp,))
             delta = lds.slice(BQ, BQ).load(gl.SliceLayout(0, s_l))
@@ -319,8 +319,8 @@ def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, 
             gl.store(at + BK * D, dv)
     tma.store_wait(0)
 
-@gluon.jit(do_not_specialize=["Z", "n", "n_keys", "q_first", "k_first", "layer", "qtiles"])
-def backward(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, dq_desc, PART, META, FIRST, LIST, K_AT, EACH, TABLE, Z, n,
+@gluon.jit(do_not_specialize=["Z", "n_keys", "q_first", "k_first", "layer", "qtiles"])
+def backward(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, dq_desc, PART, META, FIRST, LIST, K_AT, EACH, TABLE, Z,
     n_keys, q_first, k_first, layer, qtiles, scale, sm,
              H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, ST: gl.constexpr, RULE: gl.constexpr,
                  BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr,
@@ -353,8 +353,8 @@ def backward(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, dq_desc
     mbarrier.init(v_full, count=1)
     mbarrier.init(kv_empty, count=1)
     gl.warp_specialize([
-        (_consumer, (dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, kp_s, full, empty, k_full, v_full, kv_empty, PART, META,
-            FIRST, LIST, K_AT, EACH, TABLE, Z, n, n_keys, q_first, k_first, layer, qtiles, scale, sm,
+        (_consumer, (dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, kp_s, full, empty, k_full, v_full, kv_empty, PART,
+            META, FIRST, LIST, K_AT, EACH, TABLE, Z, n_keys, q_first, k_first, layer, qtiles, scale, sm,
                      H, G, D, BQ, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, REACH, K_HEADS, num_warps)),
         (_producer, (q_desc, k_desc, v_desc, do_desc, ld_desc, q_s, do_s, ld_s, k_s, v_s, full, empty, k_full, v_full, kv_empty, META,
             FIRST, LIST, qtiles, H, G, D, BQ, BK, ST)),
@@ -376,8 +376,8 @@ def _load(q_desc, do_desc, ld_desc, q_s, do_s, ld_s, bar, e, b, hk, qtiles, H: g
     tma.async_copy_global_to_shared(do_desc, [b, h, i * BQ, 0], bar, do_s._reinterpret(ty, [1, 1, BQ, D], q_desc.layout), pred)
     tma.async_copy_global_to_shared(ld_desc, [((b * H + h) * qtiles + i) * LD], bar, ld_s, pred)
 
-@gluon.jit(do_not_specialize=["Z", "n", "n_keys", "q_first", "k_first", "layer", "qtiles"])
-def backward_small(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, DQ, PART, META, LIST, K_AT, EACH, TABLE, Z, n,
+@gluon.jit(do_not_specialize=["Z", "n_keys", "q_first", "k_first", "layer", "qtiles"])
+def backward_small(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, DQ, PART, META, LIST, K_AT, EACH, TABLE, Z,
     n_keys, q_first, k_first, layer, qtiles, scale, sm,
                    H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, RULE: gl.constexpr,
                        BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr,
@@ -521,9 +521,7 @@ def _ask(e, j, K_AT, n_keys, k_first, EXPLICIT: gl.constexpr, BIAS: gl.constexpr
     they are long in coming."""
     kp = gl.zeros([BK], gl.int32, gl.SliceLayout(0, s_l))
     if EXPLICIT:
-        if BIAS != "none":
-            kp = positions(K_AT, k_first, _opaque(j) + gl.arange(0, BK, gl.SliceLayout(0, s_l)), n_keys, EXPLICIT)
-        elif e < 0:
+        if BIAS != "none" or e < 0:
             kp = positions(K_AT, k_first, _opaque(j) + gl.arange(0, BK, gl.SliceLayout(0, s_l)), n_keys, EXPLICIT)
     return kp
 
@@ -677,7 +675,8 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
         mbarrier.arrive(q_empty)
 
 @gluon.jit(do_not_specialize=["n", "n_keys", "q_first", "k_first", "layer"])
-def forward(q_desc, k_desc, v_desc, o_desc, LSE, META, FIRST, LIST, Q_AT, K_AT, BEGIN, EACH, TABLE, n, n_keys, q_first, k_first, layer, scale,
+def forward(q_desc, k_desc, v_desc, o_desc, LSE, META, FIRST, LIST, Q_AT, K_AT, BEGIN, EACH, TABLE, n, n_keys, q_first, k_first, layer,
+            scale,
             H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BK: gl.constexpr, ST: gl.constexpr, RULE: gl.constexpr, BIAS: gl.constexpr,
                 EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr, OPENING: gl.constexpr,
                 REACH: gl.constexpr, K_HEADS: gl.constexpr, QREG: gl.constexpr, num_warps: gl.constexpr):
@@ -704,11 +703,11 @@ def forward(q_desc, k_desc, v_desc, o_desc, LSE, META, FIRST, LIST, Q_AT, K_AT, 
     mbarrier.init(q_empty, count=2)
     gl.warp_specialize([
         (_forward_consumer, (o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q_full, q_empty, LSE, META, FIRST, LIST, Q_AT, K_AT,
-            BEGIN, EACH, TABLE, n, n_keys, q_first, k_first, layer, scale, H, G, D, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING,
-            REACH, K_HEADS, QREG, 0)),
+            BEGIN, EACH, TABLE, n, n_keys, q_first, k_first, layer, scale, H, G, D, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS,
+            OPENING, REACH, K_HEADS, QREG, 0)),
         (_forward_consumer, (o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q_full, q_empty, LSE, META, FIRST, LIST, Q_AT, K_AT,
-            BEGIN, EACH, TABLE, n, n_keys, q_first, k_first, layer, scale, H, G, D, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING,
-            REACH, K_HEADS, QREG, 1)),
+            BEGIN, EACH, TABLE, n, n_keys, q_first, k_first, layer, scale, H, G, D, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS,
+            OPENING, REACH, K_HEADS, QREG, 1)),
         (_forward_producer, (q_desc, k_desc, v_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q_full, q_empty, META, FIRST, LIST,
             H, G, D, BK, ST)),
     ], [4, 1], [240, 24])
@@ -733,7 +732,7 @@ def run_forward(q, k, v, out, lse, work, arrays, first, layer, scale, options, k
     forward[(len(start) - 1,)](
         described(q, 64), described(k, keys), described(v, keys), described(out, 64), lse, meta, start, entries, *arrays,
         n, n_keys, *first, layer, scale * LOG2E, H=H, G=H // K, D=D, BK=keys, ST=(4 if keys == 64 else 2), QREG=True, num_warps=4,
-            **options,
+        **options,
     )  # fmt: skip
 
 
@@ -781,7 +780,7 @@ def run_backward(q, k, v, out, lse, do, dlse, dq, dk, dv, work, slots, arrays, f
         described(dk, keys),
         described(dv, keys),
     )
-    rest = arrays[1], *arrays[3:], B * K, n, n_keys, *first, layer, tiles, scale * LOG2E, scale
+    rest = arrays[1], *arrays[3:], B * K, n_keys, *first, layer, tiles, scale * LOG2E, scale
     options = options | {"H": H, "G": H // K, "D": D, "BQ": 64, "BK": keys, "num_warps": warps}
     if small:
         backward_small[(len(meta),)](*given, sums, part, meta, entries, *rest, **options)

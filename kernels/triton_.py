@@ -435,7 +435,8 @@ class Lists(NamedTuple):
 
 def lists(kind, q, k, call, size):
     """The Lists of a kernel for these tensors and places, from a cache if they are there. kind: "query" or "key", what a piece of
-    work is a block of, or these "in order" (kernels/hopper.py), or "near": "query" of blocks that the near part of a table reaches; size: tokens in a block of queries, of keys."""
+    work is a block of, or these "in order" (kernels/hopper.py), or "near": "query", of the blocks
+    with a distance that has a bias of its own; size: tokens in a block of queries, of keys."""
     (B, H, n, _), (K, n_keys), w, rule = q.shape, k.shape[1:3], call.where, rule_of(call.rule)
     host = [None if x is None else ops.known(x) for x in w[2:]]
     sides = (w.q_first, n), (w.k_first, n_keys)
@@ -544,8 +545,9 @@ class Call(NamedTuple):
         return *at, *(like if x is None else x for x in self.bias())
 
     def bias(self):
-        """What the kernels read of a bias, in the unit of raw products: each head's slope, or its table's last entry; and the table,
-        less that entry, so that distant keys have none, with room on either side for distances that it does not have, backwards and forwards."""
+        """What the kernels read of a bias, in the unit of raw products: each head's slope, or its table's last entry; and the table
+        less that entry, so that distant keys have none, with room on either side for distances that it does not have, backwards and then
+        forwards."""
         if self.table is None:
             return None if self.slope is None else self.slope / self.scale, None
         table = self.table.detach().float() / self.scale
@@ -590,6 +592,12 @@ class Call(NamedTuple):
         }
 
 
+def keys_for(mean, call):
+    """Keys in a block of the Hopper forward pass. Long lists are worth larger blocks, though more of their scores are masked; with a bias
+    these would not fit into the registers."""
+    return 128 if call.slope is None and call.table is None and mean > 32 else 64
+
+
 def run_forward(q, k, v, call):
     """out like q, and lse [B, H, n] float32 in base 2, 1e30 where a query sees nothing."""
     B, H, n, D = q.shape
@@ -601,8 +609,7 @@ def run_forward(q, k, v, call):
     hopper = hopper_for(q)
     if hopper and D == 128:
         work = lists("query in order", q, k, call, (128, 64))
-        # long lists are worth larger blocks, though more of their scores are masked
-        keys = 128 if call.slope is None and work.mean > 32 else 64
+        keys = keys_for(work.mean, call)
         work = work if keys == 64 else lists("query in order", q, k, call, (128, 128))
         hopper.run_forward(q, k, v, out, lse, work.arrays, arrays, first, layer_of(rule), call.scale, call.options(q, k), keys)
         return out, lse
@@ -617,15 +624,16 @@ def run_forward(q, k, v, call):
     return out, lse
 
 
-def run_backward(q, k, v, out, lse, do, dlse, call):
-    """dq, dk, dv and the table's gradient."""
+def run_backward(q, k, v, out, lse, do, dlse, call, train_table=True):
+    """dq, dk, dv and the table's gradient, None if there is no table or it is not wanted."""
     (B, H, n, D), (K, n_keys) = q.shape, k.shape[1:3]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     q, k, v, do = ready(q), ready(k), ready(v), ready(do)
     dlse = None if dlse is None else dlse.contiguous()
     rule = rule_of(call.rule)
     arrays, first, layer = call.arrays(q, k, lse), (call.where.q_first, call.where.k_first), layer_of(rule)
-    dtable = None if call.table is None else table_gradient(q, k, v, out, lse, do, dlse, call, arrays)
+    wanted = train_table and call.table is not None
+    dtable = table_gradient(q, k, v, out, lse, do, dlse, call, arrays) if wanted else None
     hopper = hopper_for(q)
     # a rule that is dear to ask is better served by smaller blocks, of which more are full
     if hopper and not any(hasattr(leaf.module, "LINKS") for leaf in rule.leaves()):
@@ -731,17 +739,17 @@ def _(q, k, v, *_):
 @torch.library.custom_op("nanolong::flash_backward", mutates_args=())
 def flash_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Maybe, rule: str, q_first: int, k_first: int, q_at: Maybe,
-    k_at: Maybe, begin: Maybe, always: int, opening: int, scale: float, slope: Maybe, table: Maybe,
+    k_at: Maybe, begin: Maybe, always: int, opening: int, scale: float, slope: Maybe, table: Maybe, train_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     call = Call(rule, Where(q_first, k_first, q_at, k_at, begin), always, opening, scale, slope, table)
-    *grads, dtable = run_backward(q, k, v, out, lse, do, dlse, call)
+    *grads, dtable = run_backward(q, k, v, out, lse, do, dlse, call, train_table)
     return *grads, lse.new_empty(0) if dtable is None else dtable
 
 
 @flash_backward.register_fake
 def _(q, k, v, *rest):
-    table = rest[-1]
-    return *map(torch.empty_like, (q, k, v)), q.new_empty(0, dtype=torch.float32) if table is None else torch.empty_like(table)
+    *_, table, train_table = rest
+    return *map(torch.empty_like, (q, k, v)), torch.empty_like(table) if train_table else q.new_empty(0, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
@@ -755,8 +763,9 @@ def _backward(ctx, do, dlse):
     q, k, v, out, lse, q_at, k_at, begin, slope, table = ctx.saved_tensors
     first, last = ctx.rest
     do = torch.zeros_like(out) if do is None else do
-    *grads, dtable = flash_backward(q, k, v, out, lse, do, dlse, *first, q_at, k_at, begin, *last, slope, table)
-    return *grads, *[None] * 10, None if table is None else dtable
+    train_table = table is not None and ctx.needs_input_grad[-1]
+    *grads, dtable = flash_backward(q, k, v, out, lse, do, dlse, *first, q_at, k_at, begin, *last, slope, table, train_table)
+    return *grads, *[None] * 10, dtable if train_table else None
 
 
 flash.register_autograd(_backward, setup_context=_save)
