@@ -561,12 +561,13 @@ def _scores(s, e, i, qp, kp, qb, ramp, near, each, TABLE, h, n_keys, q_first, k_
     return s, lack
 
 @gluon.jit
-def _step(s, lack, m, l, scale):
-    """One online-softmax step on scores (s + lack) * scale: weights, new maxima, new sums, and what multiplies the sums so far."""
-    lack = lack * scale
-    new = gl.maximum(m, gl.max(s, 1) * scale + lack)
+def _step(s, lack, m, l, scale, LACK: gl.constexpr):
+    """One online-softmax step on scores (s + lack) * scale, LACK: is there any: weights, new maxima, new sums, and what multiplies the
+    sums so far."""
+    high = gl.max(s, 1) * scale
+    new = gl.maximum(m, high + lack * scale if LACK else high)
     safe = gl.where(new > -1e20, new, 0.0)
-    p = gl.exp2(s * scale - (safe - lack)[:, None])
+    p = gl.exp2(s * scale - (safe - lack * scale if LACK else safe)[:, None])
     a = gl.exp2(m - safe)
     return p, new, l * a + gl.sum(p, 1), a
 
@@ -585,6 +586,7 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
     qphase = 0
     zs = gl.zeros([64, BK], gl.float32, s_l)
     my_q = q_s.index(W)
+    LACK: gl.constexpr = BIAS == "slope" and not EXPLICIT
     for u in range(gl.load(FIRST + gl.program_id(0)), gl.load(FIRST + gl.program_id(0) + 1)):
         i = gl.load(META + u * 8)
         lo = gl.load(META + u * 8 + 1)
@@ -621,7 +623,7 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
         mbarrier.arrive(k_empty.index(stage))
         s, lack = _scores(s, e, i, qp, kp, qb, ramp, near, each, MINE, h, n_keys, q_first, k_first, layer, RULE, BIAS, EXPLICIT, DOCS,
             BEHIND, ALWAYS, OPENING, REACH, BK, W, s_l)
-        p, m, l, a = _step(s, lack, m, l, scale)
+        p, m, l, a = _step(s, lack, m, l, scale, LACK)
         p = gl.convert_layout(p.to(ty), gl.DotOperandLayout(0, o_l, 2))
         for t in range(lo + 1, hi):
             if EXPLICIT:
@@ -642,7 +644,7 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
             s = warpgroup_mma_wait(1, deps=(s,))
             s, lack = _scores(s, e, i, qp, kp, qb, ramp, near, each, MINE, h, n_keys, q_first, k_first, layer, RULE, BIAS, EXPLICIT, DOCS,
                 BEHIND, ALWAYS, OPENING, REACH, BK, W, s_l)
-            pf, m, l, a = _step(s, lack, m, l, scale)
+            pf, m, l, a = _step(s, lack, m, l, scale, LACK)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             gl.thread_barrier()
             mbarrier.arrive(k_empty.index(nstage))
