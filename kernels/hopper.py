@@ -10,6 +10,9 @@ META has one row of 8 int32 for each piece of work: block, lo, hi, slot (-1: who
 FIRST[p] to FIRST[p + 1] (plan.in_order). No list is empty.
 """
 
+import contextlib
+import io
+
 import triton
 import triton.language as tl
 from triton._C.libtriton import ir
@@ -18,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.errors import PTXASError
 
 from kernels.triton_ import BESIDE, MIRROR, begins, bias_of, own, positions, seen
 
@@ -137,8 +141,9 @@ def _flat(dq, BQ: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def _weights(st, lse, e, i, j, kp_s, lds, each, TABLE, q_first, k_first, n_keys, h, layer, scale, RULE: gl.constexpr, BIAS: gl.constexpr,
     EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr, OPENING: gl.constexpr, REACH: gl.constexpr,
-    BQ: gl.constexpr, BK: gl.constexpr, s_l: gl.constexpr):
-    """Weights [BK, BQ] from raw products; kp_s: the keys' positions, where they lie in memory; lds: what `prepare` left for the tile."""
+    LATE: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, s_l: gl.constexpr):
+    """Weights [BK, BQ] from raw products; kp_s: the keys' positions, where they lie in memory; lds: what `prepare` left for the tile; LATE:
+    masked after the exponential or before it (see run_backward)."""
     start = q_first + i * BQ
     if BIAS == "table":
         if EXPLICIT:
@@ -157,7 +162,8 @@ def _weights(st, lse, e, i, j, kp_s, lds, each, TABLE, q_first, k_first, n_keys,
         else:
             away = k_first + j * BK - start + gl.arange(0, BK, gl.SliceLayout(1, s_l))
         x += (each * scale * away.to(gl.float32))[:, None]
-    p = gl.exp2(x)
+    if LATE:
+        x = gl.exp2(x)
     if e < 0:
         ki = _opaque(j) * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l))
         kp = k_first + ki
@@ -168,8 +174,9 @@ def _weights(st, lse, e, i, j, kp_s, lds, each, TABLE, q_first, k_first, n_keys,
             kp = kp_s.load(gl.SliceLayout(1, s_l))
         if DOCS:
             qb = lds.slice(3 * BQ, BQ).load(gl.SliceLayout(0, s_l)).to(gl.int32, bitcast=True)
-        p = gl.where(_sees(qp, kp, qb, ki, h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 1), p, 0.0)
-    return p
+        see = _sees(qp, kp, qb, ki, h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 1)
+        x = gl.where(see, x, 0.0 if LATE else -1e30)
+    return x if LATE else gl.exp2(x)
 
 
 # ---------------------------------------------------------------- backward with a producer warp (D 128)
@@ -227,7 +234,8 @@ def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, 
     FIRST, LIST, K_AT, EACH, TABLE, Z, n_keys, q_first, k_first, layer, qtiles, scale, sm,
               H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, ST: gl.constexpr, RULE: gl.constexpr,
                   BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr,
-                  OPENING: gl.constexpr, REACH: gl.constexpr, K_HEADS: gl.constexpr, WARPS: gl.constexpr):
+                  OPENING: gl.constexpr, REACH: gl.constexpr, K_HEADS: gl.constexpr, LATE: gl.constexpr,
+                  WARPS: gl.constexpr):
     HK: gl.constexpr = H // G
     ty: gl.constexpr = q_s.dtype
     WM: gl.constexpr = _min(BQ // 16, WARPS)
@@ -273,7 +281,7 @@ def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, 
             each, MINE = bias_of(EACH, TABLE, h, REACH, BIAS)
             st = warpgroup_mma_wait(1, deps=(st,))
             p = _weights(st, lse, e, i, j, kp_s, lds, each, MINE, q_first, k_first, n_keys, h, layer, scale, RULE, BIAS, EXPLICIT, DOCS,
-                BEHIND, ALWAYS, OPENING, REACH, BQ, BK, s_l)
+                BEHIND, ALWAYS, OPENING, REACH, LATE, BQ, BK, s_l)
             dv = warpgroup_mma(gl.convert_layout(p.to(ty), a_l), dos, dv, is_async=True)
             dp = warpgroup_mma_wait(1, deps=(dp,))
             delta = lds.slice(BQ, BQ).load(gl.SliceLayout(0, s_l))
@@ -324,7 +332,7 @@ def backward(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, dq_desc
     n_keys, q_first, k_first, layer, qtiles, scale, sm,
              H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, ST: gl.constexpr, RULE: gl.constexpr,
                  BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr,
-                 OPENING: gl.constexpr, REACH: gl.constexpr, K_HEADS: gl.constexpr, num_warps: gl.constexpr):
+                 OPENING: gl.constexpr, REACH: gl.constexpr, K_HEADS: gl.constexpr, LATE: gl.constexpr, num_warps: gl.constexpr):
     """dK and dV of a key tile over its query tiles, five products a tile, dQ tiles added to float32 by the copy engine. BQ 64, BK
     128, 8 warps and a producer warp.
         S^T = K Q^T, dP^T = V dO^T        both under way at once
@@ -355,7 +363,7 @@ def backward(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, dq_desc
     gl.warp_specialize([
         (_consumer, (dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, kp_s, full, empty, k_full, v_full, kv_empty, PART,
             META, FIRST, LIST, K_AT, EACH, TABLE, Z, n_keys, q_first, k_first, layer, qtiles, scale, sm,
-                     H, G, D, BQ, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, REACH, K_HEADS, num_warps)),
+                     H, G, D, BQ, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, REACH, K_HEADS, LATE, num_warps)),
         (_producer, (q_desc, k_desc, v_desc, do_desc, ld_desc, q_s, do_s, ld_s, k_s, v_s, full, empty, k_full, v_full, kv_empty, META,
             FIRST, LIST, qtiles, H, G, D, BQ, BK, ST)),
     ], [1], [24])
@@ -381,7 +389,7 @@ def backward_small(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, D
     n_keys, q_first, k_first, layer, qtiles, scale, sm,
                    H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, RULE: gl.constexpr,
                        BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr,
-                       OPENING: gl.constexpr, REACH: gl.constexpr, K_HEADS: gl.constexpr, num_warps: gl.constexpr):
+                       OPENING: gl.constexpr, REACH: gl.constexpr, K_HEADS: gl.constexpr, LATE: gl.constexpr, num_warps: gl.constexpr):
     """The same with 64 x 64 tiles and 4 warps that all compute; one program a row of META; dQ leaves from the registers as 16-byte
     additions."""
     HK: gl.constexpr = H // G
@@ -443,7 +451,7 @@ def backward_small(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, D
         each, MINE = bias_of(EACH, TABLE, h, REACH, BIAS)
         st = warpgroup_mma_wait(1, deps=(st,))
         p = _weights(st, lse, e, i, j, kp_s, lds, each, MINE, q_first, k_first, n_keys, h, layer, scale, RULE, BIAS, EXPLICIT, DOCS, BEHIND,
-            ALWAYS, OPENING, REACH, BQ, BK, s_l)
+            ALWAYS, OPENING, REACH, LATE, BQ, BK, s_l)
         dv = warpgroup_mma(gl.convert_layout(p.to(ty), a_l), dos, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
         delta = lds.slice(BQ, BQ).load(gl.SliceLayout(0, s_l))
@@ -784,9 +792,36 @@ def run_backward(q, k, v, out, lse, do, dlse, dq, dk, dv, work, slots, arrays, f
     )
     rest = arrays[1], *arrays[3:], B * K, n_keys, *first, layer, tiles, scale * LOG2E, scale
     options = options | {"H": H, "G": H // K, "D": D, "BQ": 64, "BK": keys, "num_warps": warps}
-    if small:
-        backward_small[(len(meta),)](*given, sums, part, meta, entries, *rest, **options)
-    else:
-        backward[(len(start) - 1,)](*given, box(sums, [D // 4, 256]), part, meta, start, entries, *rest, ST=3, **options)
+
+    def launch(late):
+        if small:
+            backward_small[(len(meta),)](*given, sums, part, meta, entries, *rest, LATE=late, **options)
+        else:
+            backward[(len(start) - 1,)](*given, box(sums, [D // 4, 256]), part, meta, start, entries, *rest, ST=3, LATE=late, **options)
+
+    first_that_compiles(launch, (q.dtype, *options.values()))
     finish[(tiles, B * H)](sums, dq, n, scale, *dq.stride()[:3], H, D, 64, warps, num_warps=4)
     return part if slots else None
+
+
+def first_that_compiles(launch, key):
+    """Launches a kernel in one of two forms. ptxas 12.8 crashes with a few rules where positions lie in memory, each time another form is
+    spared; PTXASError: neither is."""
+    if key in forms:
+        if forms[key] is None:
+            raise PTXASError("ptxas crashed before")
+        launch(forms[key])
+        return
+    for late in (True, False):
+        try:
+            # with its error Triton prints the whole kernel
+            with contextlib.redirect_stdout(io.StringIO()):
+                launch(late)
+            forms[key] = late
+            return
+        except PTXASError:
+            forms[key] = None
+    raise PTXASError("ptxas crashes with either form")
+
+
+forms = {}  # by what is compiled in: LATE, or None where no form compiles
