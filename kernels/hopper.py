@@ -104,9 +104,8 @@ def prepare(O, DO, LSE, DLSE, LD, DQ, Q_AT, BEGIN, EACH, n, sb, sh, sn, tb, th, 
         # DLSE is by lse in base 2
         delta -= tl.load(DLSE + z.to(tl.int64) * n + r, mask=r < n, other=0) * 1.4426950408889634
     tl.store(to + BQ, delta)
-    if EXPLICIT:
+    if EXPLICIT or DOCS:
         tl.store(to + 2 * BQ, at.to(tl.float32, bitcast=True))
-    if DOCS:
         tl.store(to + 3 * BQ, begins(BEGIN + b * n, r, n, DOCS).to(tl.float32, bitcast=True))
     tl.store(DQ + tile * BQ * D + tl.arange(0, BQ * D), tl.zeros([BQ * D], tl.float32))
 
@@ -172,7 +171,8 @@ def _weights(st, lse, e, i, j, kp_s, lds, each, TABLE, q_first, k_first, n_keys,
         if EXPLICIT:
             qp = lds.slice(2 * BQ, BQ).load(gl.SliceLayout(0, s_l)).to(gl.int32, bitcast=True)
             kp = kp_s.load(gl.SliceLayout(1, s_l))
-        if DOCS:
+        # in the other form even where all are 0: what crashes ptxas is as odd
+        if DOCS or (EXPLICIT and not LATE):
             qb = lds.slice(3 * BQ, BQ).load(gl.SliceLayout(0, s_l)).to(gl.int32, bitcast=True)
         see = _sees(qp, kp, qb, ki, h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 1)
         x = gl.where(see, x, 0.0 if LATE else -1e30)
