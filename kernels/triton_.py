@@ -340,7 +340,8 @@ def dtable_kernel(
         e = tl.load(LIST + t)
         j = (e & PARTIAL) * BK
         least = q_first + i * BQ - k_first - j - BK + 1
-        if EXPLICIT or ((least < first + SPAN) & (least + BQ + BK - 2 >= first)):
+        # all blocks that are listed have distances below REACH - 1; a condition would keep their copies from overlapping
+        if EXPLICIT or REACH - 1 <= SPAN or ((least < first + SPAN) & (least + BQ + BK - 2 >= first)):
             ki = j + tl.arange(0, BK)
             kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
             s = tl.dot(q, K.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
@@ -552,11 +553,9 @@ class Call(NamedTuple):
         forwards."""
         if self.table is None:
             return None if self.slope is None else self.slope / self.scale, None
-        table = self.table.detach().float() / self.scale
-        far = table[:, -1:]
-        near, room = table - far, BESIDE.value
-        near = torch.cat([near[:, :1].expand(-1, room), near, near[:, -1:].expand(-1, room)], 1)
-        return far.contiguous(), torch.cat([near.flip(1), near], 1)
+        table = self.table.detach().float()
+        both = table.index_select(1, both_ways(table.shape[1], table.device))
+        return table[:, -1] / self.scale, (both - table[:, -1:]) / self.scale
 
     def key_heads(self):
         """How many key heads have positions of their own."""
@@ -598,6 +597,13 @@ def keys_for(mean, call):
     """Keys in a block of the Hopper forward pass. Long lists are worth larger blocks, though more of their scores are masked; with a bias
     these would not fit into the registers."""
     return 128 if call.slope is None and call.table is None and mean > 32 else 64
+
+
+@functools.cache
+def both_ways(R, device):
+    """The places of R entries with BESIDE copies of the first and of the last beside them, backwards and then forwards."""
+    at = torch.arange(-BESIDE.value, R + BESIDE.value, device=device).clamp(0, R - 1)
+    return torch.cat([at.flip(0), at])
 
 
 def run_forward(q, k, v, call):
