@@ -1,6 +1,6 @@
 """attend() on Hopper GPUs, in Gluon (Triton 3.6): backward in one pass, forward with overlapped softmax; float16 and bfloat16, D 64 or 128.
 
-As kernels/triton_.py, whose rules, positions, documents and slopes these kernels share, with the machine in hand: a producer warp copies
+As kernels/triton_.py, whose rules, positions, documents and biases these kernels share, with the machine in hand: a producer warp copies
 blocks (TMA), groups of four warps multiply them (wgmma), barriers between them. After FlashAttention-3 (Shah and others 2024,
 arXiv:2407.08608). The backward pass makes five products a block instead of the seven of two passes: dQ is added into float32 by the copy
 engine, in the order of the registers that hold it, and `finish` brings it into rows. These additions come in no fixed order, so two runs
