@@ -307,7 +307,7 @@ def dkv_kernel(
         tl.store(to + BK * DP, dv)
 
 
-@triton.jit(do_not_specialize=["n", "n_keys", "q_first", "k_first", "wide", "layer", "Z"])
+@triton.jit(do_not_specialize=["n", "n_keys", "q_first", "k_first", "wide", "layer", "Z", "m"])
 def dtable_kernel(
     Q, K, V, O, DO, LSE, DLSE, TO, Q_AT, K_AT, BEGIN, EACH, TABLE, WHO, ITEM, LO, HI, LIST,
     Z, wide, n, n_keys, q_first, k_first, layer, scale, m,
