@@ -292,17 +292,19 @@ def costs(rule, args):
     q, k, v, do = inputs(n, 16, 16, 128)
     flops = 4 * 128 * pairs(rule, n, 16)
     slope = torch.exp2(-torch.arange(1, 17, device=device()) / 2)
-    table = torch.randn(16, 129, device=device())
+    table = torch.randn(16, 129, device=device(), requires_grad=True)
     ways = {"plain": {}, "explicit": {"explicit": True}, "slope": {"bias": Bias(slope)}, "table": {"bias": Bias(None, table)}}
     out, zero = {}, lambda f: milliseconds(f, args.rep)
     for name, how in ways.items():
         f = ours(rule, n, **how)
 
-        def both(f=f):
+        trained = q, k, v, *([table] if name == "table" else [])
+
+        def both(f=f, trained=trained):
             y = f(q, k, v)
             with torch.no_grad():
                 forward = zero(lambda: f(q, k, v))
-            return {"forward_ms": forward, "backward_ms": zero(lambda: torch.autograd.grad(y, (q, k, v), do, retain_graph=True))}
+            return {"forward_ms": forward, "backward_ms": zero(lambda: torch.autograd.grad(y, trained, do, retain_graph=True))}
 
         out[name] = attempt(both)
         if "forward_ms" in out[name]:

@@ -1,6 +1,6 @@
 """attend() on Hopper GPUs, in Gluon (Triton 3.6): backward in one pass, forward with overlapped softmax; float16 and bfloat16, D 64 or 128.
 
-As kernels/triton_.py, whose rules, positions, documents and slopes these kernels share, with the machine in hand: a producer warp copies
+As kernels/triton_.py, whose rules, positions, documents and biases these kernels share, with the machine in hand: a producer warp copies
 blocks (TMA), groups of four warps multiply them (wgmma), barriers between them. After FlashAttention-3 (Shah and others 2024,
 arXiv:2407.08608). The backward pass makes five products a block instead of the seven of two passes: dQ is added into float32 by the copy
 engine, in the order of the registers that hold it, and `finish` brings it into rows. These additions come in no fixed order, so two runs
@@ -10,6 +10,9 @@ META has one row of 8 int32 for each piece of work: block, lo, hi, slot (-1: who
 FIRST[p] to FIRST[p + 1] (plan.in_order). No list is empty.
 """
 
+import contextlib
+import io
+
 import triton
 import triton.language as tl
 from triton._C.libtriton import ir
@@ -18,8 +21,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.errors import PTXASError
 
-from kernels.triton_ import begins, biased, factor_of, positions, seen
+from kernels.triton_ import BESIDE, MIRROR, begins, bias_of, own, positions, seen
 
 # fmt: off
 LOG2E = 1.4426950408889634
@@ -43,54 +47,42 @@ def _opaque(x):
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 @gluon.jit
-def _read(e, i, j, Q_AT, K_AT, BEGIN, n, n_keys, q_first, k_first, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, NQ: gl.constexpr,
-    NK: gl.constexpr, s_l: gl.constexpr, QDIM: gl.constexpr):
-    """Positions of the NQ queries from i and the NK keys from j and where the queries' documents begin, where they lie in memory and the
-    tile is partial: asked for while a product is under way, for they are long in coming."""
-    qp = gl.zeros([NQ], gl.int32, gl.SliceLayout(1 - QDIM, s_l))
-    kp = gl.zeros([NK], gl.int32, gl.SliceLayout(QDIM, s_l))
-    qb = qp
-    if EXPLICIT or DOCS:
-        if e < 0:
-            qi = _opaque(i) + gl.arange(0, NQ, gl.SliceLayout(1 - QDIM, s_l))
-            ki = _opaque(j) + gl.arange(0, NK, gl.SliceLayout(QDIM, s_l))
-            qp = positions(Q_AT, q_first, qi, n, EXPLICIT)
-            kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)
-            qb = begins(BEGIN, qi, n, DOCS)
-    return qp, kp, qb
-
-@gluon.jit
-def _sees(qi, ki, qp, kp, qb, n_keys, q_first, k_first, h, layer, RULE: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr,
-          BEHIND: gl.constexpr, ALWAYS: gl.constexpr, OPENING: gl.constexpr, QDIM: gl.constexpr):
-    """May queries qi see keys ki, which stand at qp and kp as _read() gave them? QDIM: the dimension along which queries run."""
-    KDIM: gl.constexpr = 1 - QDIM
-    if not (EXPLICIT or DOCS):
-        qp = q_first + qi
-        kp = k_first + ki
-        qb = qi * 0
-    qp = gl.expand_dims(qp, KDIM)
-    qb = gl.expand_dims(qb, KDIM)
+def _sees(qp, kp, qb, ki, h, layer, last, RULE: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr,
+          ALWAYS: gl.constexpr, OPENING: gl.constexpr, QDIM: gl.constexpr):
+    """seen() of queries and keys in two layouts. QDIM: the dimension along which queries run."""
+    qp = gl.expand_dims(qp, 1 - QDIM)
+    qb = gl.expand_dims(qb, 1 - QDIM)
     kp = gl.expand_dims(kp, QDIM)
-    see = seen(qp, kp, qb, gl.expand_dims(ki, QDIM), h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING)
-    return see & (gl.expand_dims(ki, QDIM) < n_keys)
+    return seen(qp, kp, qb, gl.expand_dims(ki, QDIM), h, layer, last, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING)
 
 @gluon.jit
-def _slanted(s, qi, ki, near, SLOPE, Q_AT, K_AT, n, n_keys, q_first, k_first, h, scale, BIAS: gl.constexpr, EXPLICIT: gl.constexpr,
-    QDIM: gl.constexpr):
-    """Scores in base 2 with the bias of a slope."""
-    KDIM: gl.constexpr = 1 - QDIM
-    qp = gl.expand_dims(positions(Q_AT, q_first, qi, n, EXPLICIT), KDIM)
-    kp = gl.expand_dims(positions(K_AT, k_first, ki, n_keys, EXPLICIT), QDIM)
-    return biased(s, scale, qp, kp, near, gl.load(SLOPE + h) * 1.4426950408889634, SLOPE, 0.0, 1, BIAS)
+def _tabled(s, q, k, TABLE, REACH: gl.constexpr, EXPLICIT: gl.constexpr, QDIM: gl.constexpr):
+    """Raw products with a table's entries. q, k: positions, or numbers that are as far from each other. A thread's columns stand constants
+    apart, so that an address is a row's and a constant if the table runs as columns do: for columns of keys, backwards."""
+    q = gl.expand_dims(q, 1 - QDIM)
+    k = gl.expand_dims(k, QDIM)
+    if EXPLICIT:
+        at = TABLE + gl.minimum(gl.maximum(q - k, 0), REACH - 1)
+    elif QDIM == 1:
+        at = (TABLE - k) + q
+    else:
+        at = (TABLE - MIRROR - q) + k
+    return s + gl.load(at)
+
+@gluon.jit
+def _near(least, REACH: gl.constexpr):
+    """Does a table reach a tile whose least distance this is? Those that only fill an empty list may lie anywhere."""
+    return (least < REACH - 1) & (least > -BESIDE)
 
 
 # ---------------------------------------------------------------- backward: before and after
 
 @triton.jit(do_not_specialize=["n"])
-def prepare(O, DO, LSE, DLSE, LD, DQ, n, sb, sh, sn, tb, th, tn, H: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr,
-    WITH_LSE: tl.constexpr):
-    """For each query tile: BQ log-sum-exps (1e30 past the end), then BQ row sums of dO * O, into LD [B * H, tiles, 2, BQ]; zeroes
-    the tile of the float32 dQ."""
+def prepare(O, DO, LSE, DLSE, LD, DQ, Q_AT, BEGIN, EACH, n, sb, sh, sn, tb, th, tn, scale, H: tl.constexpr, D: tl.constexpr,
+    BQ: tl.constexpr, WITH_LSE: tl.constexpr, BIAS: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr):
+    """For each query tile: BQ log-sum-exps (1e30 past the end), then BQ row sums of dO * O, then (where one of them lies in memory)
+    positions and documents' beginnings, into LD [B * H, tiles, 2 or 4, BQ]; zeroes the tile of the float32 dQ. The log-sum-exps are
+    those of scores without own(), `near` being the tile's first query."""
     i = tl.program_id(0)
     z = tl.program_id(1)
     b = (z // H).to(tl.int64)
@@ -101,12 +93,20 @@ def prepare(O, DO, LSE, DLSE, LD, DQ, n, sb, sh, sn, tb, th, tn, H: tl.constexpr
     x = tl.load(O + b * sb + h * sh + r64[:, None] * sn + d[None, :], mask=r[:, None] < n, other=0).to(tl.float32)
     y = tl.load(DO + b * tb + h * th + r64[:, None] * tn + d[None, :], mask=r[:, None] < n, other=0).to(tl.float32)
     tile = z.to(tl.int64) * tl.num_programs(0) + i
-    tl.store(LD + tile * 2 * BQ + tl.arange(0, BQ), tl.load(LSE + z.to(tl.int64) * n + r, mask=r < n, other=1e30))
+    to = LD + tile * (4 * BQ if EXPLICIT or DOCS else 2 * BQ) + tl.arange(0, BQ)
+    lse = tl.load(LSE + z.to(tl.int64) * n + r, mask=r < n, other=1e30)
+    at = positions(Q_AT + b * n, 0, r, n, EXPLICIT)
+    if BIAS != "none":
+        lse -= own(at, positions(Q_AT + b * n, 0, i * BQ, n, EXPLICIT), tl.load(EACH + h), scale, BIAS)
+    tl.store(to, lse)
     delta = tl.sum(x * y, 1)
     if WITH_LSE:
         # DLSE is by lse in base 2
         delta -= tl.load(DLSE + z.to(tl.int64) * n + r, mask=r < n, other=0) * 1.4426950408889634
-    tl.store(LD + tile * 2 * BQ + BQ + tl.arange(0, BQ), delta)
+    tl.store(to + BQ, delta)
+    if EXPLICIT or DOCS:
+        tl.store(to + 2 * BQ, at.to(tl.float32, bitcast=True))
+        tl.store(to + 3 * BQ, begins(BEGIN + b * n, r, n, DOCS).to(tl.float32, bitcast=True))
     tl.store(DQ + tile * BQ * D + tl.arange(0, BQ * D), tl.zeros([BQ * D], tl.float32))
 
 @triton.jit(do_not_specialize=["n"])
@@ -137,6 +137,48 @@ def _flat(dq, BQ: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
     return gl.convert_layout(x, gl.BlockedLayout([4], [32], [WARPS], [0]), assert_trivial=True)
 
 
+@gluon.jit
+def _weights(st, lse, e, i, j, kp_s, lds, each, TABLE, q_first, k_first, n_keys, h, layer, scale, RULE: gl.constexpr, BIAS: gl.constexpr,
+    EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr, OPENING: gl.constexpr, REACH: gl.constexpr,
+    LATE: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, s_l: gl.constexpr):
+    """Weights [BK, BQ] from raw products; kp_s: the keys' positions, where they lie in memory; lds: what `prepare` left for the tile; LATE:
+    masked after the exponential or before it (see run_backward)."""
+    start = q_first + i * BQ
+    if BIAS == "table":
+        if EXPLICIT:
+            at = lds.slice(2 * BQ, BQ).load(gl.SliceLayout(0, s_l)).to(gl.int32, bitcast=True)
+            st = _tabled(st, at, kp_s.load(gl.SliceLayout(1, s_l)), TABLE, REACH, EXPLICIT, 1)
+        else:
+            apart = start - k_first - j * BK
+            if _near(apart - BK + 1, REACH):
+                st = _tabled(st, gl.arange(0, BQ, gl.SliceLayout(0, s_l)), gl.arange(0, BK, gl.SliceLayout(1, s_l)),
+                    TABLE + _opaque(apart), REACH, EXPLICIT, 1)
+    x = st * scale - lse[None, :]
+    if BIAS == "slope":
+        if EXPLICIT:
+            start = gl.max(lds.slice(2 * BQ, 1).load(gl.SliceLayout(0, s_l)).to(gl.int32, bitcast=True), 0)
+            away = kp_s.load(gl.SliceLayout(1, s_l)) - start
+        else:
+            away = k_first + j * BK - start + gl.arange(0, BK, gl.SliceLayout(1, s_l))
+        x += (each * scale * away.to(gl.float32))[:, None]
+    if LATE:
+        x = gl.exp2(x)
+    if e < 0:
+        ki = _opaque(j) * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l))
+        kp = k_first + ki
+        qp = q_first + _opaque(i) * BQ + gl.arange(0, BQ, gl.SliceLayout(0, s_l))
+        qb = gl.zeros([BQ], gl.int32, gl.SliceLayout(0, s_l))
+        if EXPLICIT:
+            qp = lds.slice(2 * BQ, BQ).load(gl.SliceLayout(0, s_l)).to(gl.int32, bitcast=True)
+            kp = kp_s.load(gl.SliceLayout(1, s_l))
+        # in the other form even where all are 0: what crashes ptxas is as odd
+        if DOCS or (EXPLICIT and not LATE):
+            qb = lds.slice(3 * BQ, BQ).load(gl.SliceLayout(0, s_l)).to(gl.int32, bitcast=True)
+        see = _sees(qp, kp, qb, ki, h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 1)
+        x = gl.where(see, x, 0.0 if LATE else -1e30)
+    return x if LATE else gl.exp2(x)
+
+
 # ---------------------------------------------------------------- backward with a producer warp (D 128)
 
 @gluon.jit
@@ -144,14 +186,15 @@ def _fill(e, stage, phase, b, hk, q_desc, do_desc, ld_desc, q_s, do_s, ld_s, ful
     D: gl.constexpr, BQ: gl.constexpr, ST: gl.constexpr):
     """Copy one query tile into the next stage, once it is free; the stage and phase after it."""
     ty: gl.constexpr = q_desc.dtype
+    LD: gl.constexpr = ld_desc.block_shape[0]
     h = hk * G + ((e >> 25) & 63)
     i = e & 0x1ffffff
     mbarrier.wait(empty.index(stage), phase)
     bar = full.index(stage)
-    mbarrier.expect(bar, 2 * BQ * D * 2 + 2 * BQ * 4)
+    mbarrier.expect(bar, 2 * BQ * D * 2 + LD * 4)
     tma.async_copy_global_to_shared(q_desc, [b, h, i * BQ, 0], bar, q_s.index(stage)._reinterpret(ty, [1, 1, BQ, D], q_desc.layout))
     tma.async_copy_global_to_shared(do_desc, [b, h, i * BQ, 0], bar, do_s.index(stage)._reinterpret(ty, [1, 1, BQ, D], q_desc.layout))
-    tma.async_copy_global_to_shared(ld_desc, [((b * H + h) * qtiles + i) * 2 * BQ], bar, ld_s.index(stage))
+    tma.async_copy_global_to_shared(ld_desc, [((b * H + h) * qtiles + i) * LD], bar, ld_s.index(stage))
     stage += 1
     if stage == ST:
         stage = 0
@@ -187,11 +230,12 @@ def _producer(q_desc, k_desc, v_desc, do_desc, ld_desc, q_s, do_s, ld_s, k_s, v_
             stage, phase = _fill(e, stage, phase, b, hk, q_desc, do_desc, ld_desc, q_s, do_s, ld_s, full, empty, qtiles, H, G, D, BQ, ST)
 
 @gluon.jit
-def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, full, empty, k_full, v_full, kv_empty, PART, META, FIRST,
-    LIST, Q_AT, K_AT, BEGIN, SLOPE, Z, n, n_keys, q_first, k_first, layer, qtiles, scale, sm,
+def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, kp_s, full, empty, k_full, v_full, kv_empty, PART, META,
+    FIRST, LIST, K_AT, EACH, TABLE, Z, n_keys, q_first, k_first, layer, qtiles, scale, sm,
               H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, ST: gl.constexpr, RULE: gl.constexpr,
                   BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr,
-                  OPENING: gl.constexpr, K_HEADS: gl.constexpr, WARPS: gl.constexpr):
+                  OPENING: gl.constexpr, REACH: gl.constexpr, K_HEADS: gl.constexpr, LATE: gl.constexpr,
+                  WARPS: gl.constexpr):
     HK: gl.constexpr = H // G
     ty: gl.constexpr = q_s.dtype
     WM: gl.constexpr = _min(BQ // 16, WARPS)
@@ -202,7 +246,6 @@ def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, 
     a_l: gl.constexpr = gl.DotOperandLayout(0, kv_l, 2)
     # dK and dV leave through the shared memory of dQ
     out_s = dq_s._reinterpret(ty, [BK, D], gl.NVMMASharedLayout.get_default_for([BK, D], ty))
-    factor = factor_of(scale, BIAS)
     stage = 0
     phase = 0
     kphase = 0
@@ -215,10 +258,10 @@ def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, 
         z = gl.load(META + u * 8 + 4)
         b = z // HK
         hk = z % HK
-        # positions of this head's keys, and one of them, from which distances are exact
-        mine = (b * K_HEADS + hk % K_HEADS) * n_keys
-        near = gl.max(positions(K_AT + mine, k_first, j * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l)), n_keys, EXPLICIT),
-            0) if BIAS != "none" else 0
+        if EXPLICIT:
+            kp_s.store(positions(K_AT + (b * K_HEADS + hk % K_HEADS) * n_keys, k_first, j * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l)),
+                n_keys, EXPLICIT))
+            gl.thread_barrier()
         dk = gl.zeros([BK, D], gl.float32, kv_l)
         dv = gl.zeros([BK, D], gl.float32, kv_l)
         e = gl.load(LIST + lo)
@@ -235,22 +278,13 @@ def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, 
             mbarrier.wait(v_full, kphase)
             dp = warpgroup_mma(v_s, dos.permute((1, 0)), zs, use_acc=False, is_async=True)
             lse = lds.slice(0, BQ).load(gl.SliceLayout(0, s_l))
-            delta = lds.slice(BQ, BQ).load(gl.SliceLayout(0, s_l))
-            qp, kp, qb = _read(e, i * BQ, j * BK, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first, k_first, EXPLICIT, DOCS,
-                BQ, BK, s_l, 1)
+            each, MINE = bias_of(EACH, TABLE, h, REACH, BIAS)
             st = warpgroup_mma_wait(1, deps=(st,))
-            if BIAS != "none":
-                qi = _opaque(i) * BQ + gl.arange(0, BQ, gl.SliceLayout(0, s_l))
-                ki = _opaque(j) * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l))
-                st = _slanted(st, qi, ki, near, SLOPE, Q_AT + b * n, K_AT + mine, n, n_keys, q_first, k_first, h, scale, BIAS, EXPLICIT, 1)
-            p = gl.exp2(st * factor - lse[None, :])
-            if e < 0:
-                qi = _opaque(i) * BQ + gl.arange(0, BQ, gl.SliceLayout(0, s_l))
-                ki = _opaque(j) * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l))
-                see = _sees(qi, ki, qp, kp, qb, n_keys, q_first, k_first, h, layer, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 1)
-                p = gl.where(see, p, 0.0)
+            p = _weights(st, lse, e, i, j, kp_s, lds, each, MINE, q_first, k_first, n_keys, h, layer, scale, RULE, BIAS, EXPLICIT, DOCS,
+                BEHIND, ALWAYS, OPENING, REACH, LATE, BQ, BK, s_l)
             dv = warpgroup_mma(gl.convert_layout(p.to(ty), a_l), dos, dv, is_async=True)
             dp = warpgroup_mma_wait(1, deps=(dp,))
+            delta = lds.slice(BQ, BQ).load(gl.SliceLayout(0, s_l))
             ds = (p * (dp - delta[None, :])).to(ty)
             ds_s.store(ds)
             fence_async_shared()
@@ -293,12 +327,12 @@ def _consumer(dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, 
             gl.store(at + BK * D, dv)
     tma.store_wait(0)
 
-@gluon.jit(do_not_specialize=["Z", "n", "n_keys", "q_first", "k_first", "layer", "qtiles"])
-def backward(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, dq_desc, PART, META, FIRST, LIST, Q_AT, K_AT, BEGIN, SLOPE, Z, n,
+@gluon.jit(do_not_specialize=["Z", "n_keys", "q_first", "k_first", "layer", "qtiles"])
+def backward(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, dq_desc, PART, META, FIRST, LIST, K_AT, EACH, TABLE, Z,
     n_keys, q_first, k_first, layer, qtiles, scale, sm,
              H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, ST: gl.constexpr, RULE: gl.constexpr,
                  BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr,
-                 OPENING: gl.constexpr, K_HEADS: gl.constexpr, num_warps: gl.constexpr):
+                 OPENING: gl.constexpr, REACH: gl.constexpr, K_HEADS: gl.constexpr, LATE: gl.constexpr, num_warps: gl.constexpr):
     """dK and dV of a key tile over its query tiles, five products a tile, dQ tiles added to float32 by the copy engine. BQ 64, BK
     128, 8 warps and a producer warp.
         S^T = K Q^T, dP^T = V dO^T        both under way at once
@@ -311,9 +345,10 @@ def backward(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, dq_desc
     v_s = gl.allocate_shared_memory(ty, [BK, D], sh)
     q_s = gl.allocate_shared_memory(ty, [ST, BQ, D], sh)
     do_s = gl.allocate_shared_memory(ty, [ST, BQ, D], sh)
-    ld_s = gl.allocate_shared_memory(gl.float32, [ST, 2 * BQ], ld_desc.layout)
+    ld_s = gl.allocate_shared_memory(gl.float32, [ST, ld_desc.block_shape[0]], ld_desc.layout)
     ds_s = gl.allocate_shared_memory(ty, [BK, BQ], gl.NVMMASharedLayout.get_default_for([BK, BQ], ty))
     dq_s = gl.allocate_shared_memory(gl.float32, [BQ * D // 256, 256], dq_desc.layout)
+    kp_s = gl.allocate_shared_memory(gl.int32, [BK if EXPLICIT else 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -326,9 +361,9 @@ def backward(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, dq_desc
     mbarrier.init(v_full, count=1)
     mbarrier.init(kv_empty, count=1)
     gl.warp_specialize([
-        (_consumer, (dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, full, empty, k_full, v_full, kv_empty, PART, META,
-            FIRST, LIST, Q_AT, K_AT, BEGIN, SLOPE, Z, n, n_keys, q_first, k_first, layer, qtiles, scale, sm,
-                     H, G, D, BQ, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, K_HEADS, num_warps)),
+        (_consumer, (dk_desc, dv_desc, dq_desc, q_s, do_s, ld_s, k_s, v_s, ds_s, dq_s, kp_s, full, empty, k_full, v_full, kv_empty, PART,
+            META, FIRST, LIST, K_AT, EACH, TABLE, Z, n_keys, q_first, k_first, layer, qtiles, scale, sm,
+                     H, G, D, BQ, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, REACH, K_HEADS, LATE, num_warps)),
         (_producer, (q_desc, k_desc, v_desc, do_desc, ld_desc, q_s, do_s, ld_s, k_s, v_s, full, empty, k_full, v_full, kv_empty, META,
             FIRST, LIST, qtiles, H, G, D, BQ, BK, ST)),
     ], [1], [24])
@@ -341,19 +376,20 @@ def _load(q_desc, do_desc, ld_desc, q_s, do_s, ld_s, bar, e, b, hk, qtiles, H: g
     D: gl.constexpr, pred):
     """Start the copies of one query tile into one stage."""
     ty: gl.constexpr = q_desc.dtype
+    LD: gl.constexpr = ld_desc.block_shape[0]
     h = hk * G + ((e >> 25) & 63)
     i = e & 0x1ffffff
-    mbarrier.expect(bar, 2 * BQ * D * 2 + 2 * BQ * 4, pred)
+    mbarrier.expect(bar, 2 * BQ * D * 2 + LD * 4, pred)
     tma.async_copy_global_to_shared(q_desc, [b, h, i * BQ, 0], bar, q_s._reinterpret(ty, [1, 1, BQ, D], q_desc.layout), pred)
     tma.async_copy_global_to_shared(do_desc, [b, h, i * BQ, 0], bar, do_s._reinterpret(ty, [1, 1, BQ, D], q_desc.layout), pred)
-    tma.async_copy_global_to_shared(ld_desc, [((b * H + h) * qtiles + i) * 2 * BQ], bar, ld_s, pred)
+    tma.async_copy_global_to_shared(ld_desc, [((b * H + h) * qtiles + i) * LD], bar, ld_s, pred)
 
-@gluon.jit(do_not_specialize=["Z", "n", "n_keys", "q_first", "k_first", "layer", "qtiles"])
-def backward_small(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, DQ, PART, META, LIST, Q_AT, K_AT, BEGIN, SLOPE, Z, n,
+@gluon.jit(do_not_specialize=["Z", "n_keys", "q_first", "k_first", "layer", "qtiles"])
+def backward_small(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, DQ, PART, META, LIST, K_AT, EACH, TABLE, Z,
     n_keys, q_first, k_first, layer, qtiles, scale, sm,
                    H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, RULE: gl.constexpr,
                        BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr,
-                       OPENING: gl.constexpr, K_HEADS: gl.constexpr, num_warps: gl.constexpr):
+                       OPENING: gl.constexpr, REACH: gl.constexpr, K_HEADS: gl.constexpr, LATE: gl.constexpr, num_warps: gl.constexpr):
     """The same with 64 x 64 tiles and 4 warps that all compute; one program a row of META; dQ leaves from the registers as 16-byte
     additions."""
     HK: gl.constexpr = H // G
@@ -377,8 +413,9 @@ def backward_small(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, D
     v_s = gl.allocate_shared_memory(ty, [BK, D], sh)
     q_s = gl.allocate_shared_memory(ty, [2, BQ, D], sh)
     do_s = gl.allocate_shared_memory(ty, [2, BQ, D], sh)
-    ld_s = gl.allocate_shared_memory(gl.float32, [2, 2 * BQ], ld_desc.layout)
+    ld_s = gl.allocate_shared_memory(gl.float32, [2, ld_desc.block_shape[0]], ld_desc.layout)
     ds_s = gl.allocate_shared_memory(ty, [BK, BQ], gl.NVMMASharedLayout.get_default_for([BK, BQ], ty))
+    kp_s = gl.allocate_shared_memory(gl.int32, [BK if EXPLICIT else 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     for a in gl.static_range(3):
         mbarrier.init(bars.index(a), count=1)
@@ -392,11 +429,10 @@ def backward_small(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, D
     _load(q_desc, do_desc, ld_desc, q_s.index(1), do_s.index(1), ld_s.index(1), bars.index(1), e1, b, hk, qtiles, H, G, BQ, D, lo + 1 < hi)
     dk = gl.zeros([BK, D], gl.float32, kv_l)
     dv = gl.zeros([BK, D], gl.float32, kv_l)
-    # positions of this head's keys, and one of them, from which distances are exact
-    mine = (b * K_HEADS + hk % K_HEADS) * n_keys
-    near = gl.max(positions(K_AT + mine, k_first, j * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l)), n_keys, EXPLICIT),
-        0) if BIAS != "none" else 0
-    factor = factor_of(scale, BIAS)
+    if EXPLICIT:
+        kp_s.store(positions(K_AT + (b * K_HEADS + hk % K_HEADS) * n_keys, k_first, j * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l)),
+            n_keys, EXPLICIT))
+        gl.thread_barrier()
     zs = gl.zeros([BK, BQ], gl.float32, s_l)
     mbarrier.wait(bars.index(2), 0)
     for t in range(lo, hi):
@@ -412,22 +448,13 @@ def backward_small(q_desc, k_desc, v_desc, do_desc, ld_desc, dk_desc, dv_desc, D
         st = warpgroup_mma(k_s, qs.permute((1, 0)), zs, use_acc=False, is_async=True)
         dp = warpgroup_mma(v_s, dos.permute((1, 0)), zs, use_acc=False, is_async=True)
         lse = lds.slice(0, BQ).load(gl.SliceLayout(0, s_l))
-        delta = lds.slice(BQ, BQ).load(gl.SliceLayout(0, s_l))
-        qp, kp, qb = _read(e, i * BQ, j * BK, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first, k_first, EXPLICIT, DOCS,
-            BQ, BK, s_l, 1)
+        each, MINE = bias_of(EACH, TABLE, h, REACH, BIAS)
         st = warpgroup_mma_wait(1, deps=(st,))
-        if BIAS != "none":
-            qi = _opaque(i) * BQ + gl.arange(0, BQ, gl.SliceLayout(0, s_l))
-            ki = _opaque(j) * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l))
-            st = _slanted(st, qi, ki, near, SLOPE, Q_AT + b * n, K_AT + mine, n, n_keys, q_first, k_first, h, scale, BIAS, EXPLICIT, 1)
-        p = gl.exp2(st * factor - lse[None, :])
-        if e < 0:
-            qi = _opaque(i) * BQ + gl.arange(0, BQ, gl.SliceLayout(0, s_l))
-            ki = _opaque(j) * BK + gl.arange(0, BK, gl.SliceLayout(1, s_l))
-            see = _sees(qi, ki, qp, kp, qb, n_keys, q_first, k_first, h, layer, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 1)
-            p = gl.where(see, p, 0.0)
+        p = _weights(st, lse, e, i, j, kp_s, lds, each, MINE, q_first, k_first, n_keys, h, layer, scale, RULE, BIAS, EXPLICIT, DOCS, BEHIND,
+            ALWAYS, OPENING, REACH, LATE, BQ, BK, s_l)
         dv = warpgroup_mma(gl.convert_layout(p.to(ty), a_l), dos, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
+        delta = lds.slice(BQ, BQ).load(gl.SliceLayout(0, s_l))
         ds = (p * (dp - delta[None, :])).to(ty)
         ds_s.store(ds)
         fence_async_shared()
@@ -497,40 +524,68 @@ def _forward_producer(q_desc, k_desc, v_desc, q_s, k_s, v_s, k_full, k_empty, v_
                 phase ^= 1
 
 @gluon.jit
-def _rows(e, i, BK: gl.constexpr, W: gl.constexpr, s_l: gl.constexpr):
-    """Which queries and keys stand in a tile of warpgroup W."""
-    qi = _opaque(i) * 128 + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_l))
-    return qi, _opaque(e & 0x1ffffff) * BK + gl.arange(0, BK, gl.SliceLayout(0, s_l))
+def _ask(e, j, K_AT, n_keys, k_first, EXPLICIT: gl.constexpr, BIAS: gl.constexpr, BK: gl.constexpr, s_l: gl.constexpr):
+    """Positions of the BK keys from j on, where they lie in memory and this tile needs them: asked for while a product is under way, for
+    they are long in coming."""
+    kp = gl.zeros([BK], gl.int32, gl.SliceLayout(0, s_l))
+    if EXPLICIT:
+        if BIAS != "none" or e < 0:
+            kp = positions(K_AT, k_first, _opaque(j) + gl.arange(0, BK, gl.SliceLayout(0, s_l)), n_keys, EXPLICIT)
+    return kp
 
 @gluon.jit
-def _scores(s, e, i, qp, kp, qb, h, near, Q_AT, K_AT, SLOPE, n, n_keys, q_first, k_first, layer, scale, RULE: gl.constexpr,
-    BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr,
-            BEHIND: gl.constexpr, ALWAYS: gl.constexpr, OPENING: gl.constexpr, BK: gl.constexpr, W: gl.constexpr, s_l: gl.constexpr):
-    """Masked scores, with the bias if there is one; qp, kp, qb from _read(); Q_AT, K_AT those of this row and head."""
-    if BIAS != "none":
-        qi, ki = _rows(e, i, BK, W, s_l)
-        s = _slanted(s, qi, ki, near, SLOPE, Q_AT, K_AT, n, n_keys, q_first, k_first, h, scale, BIAS, EXPLICIT, 0)
+def _float(x):
+    """x >= 0 as float32, exact below 2^23, without the slow conversion."""
+    return (x + 0x4B000000).to(gl.float32, bitcast=True) - 8388608.0
+
+@gluon.jit
+def _scores(s, e, i, qp, kp, qb, ramp, near, each, TABLE, h, n_keys, q_first, k_first, layer, RULE: gl.constexpr, BIAS: gl.constexpr,
+    EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr, OPENING: gl.constexpr, REACH: gl.constexpr,
+    BK: gl.constexpr, W: gl.constexpr, s_l: gl.constexpr):
+    """Masked raw products, with the bias if there is one, and what all scores of the tile still lack (in the same unit); qp, qb of the
+    queries and kp from _ask(); ramp: the bias of a slope along a tile."""
+    j = (e & 0x1ffffff) * BK
+    lack = 0.0
+    if BIAS == "slope":
+        if EXPLICIT:
+            s += (each * (_float(kp) - _float(near)))[None, :]
+        else:
+            s += ramp[None, :]
+            lack = each * (k_first + j - near).to(gl.float32)
+    elif BIAS == "table":
+        if EXPLICIT:
+            s = _tabled(s, qp, kp, TABLE, REACH, EXPLICIT, 0)
+        else:
+            apart = q_first + i * 128 + W * 64 - k_first - j
+            if _near(apart - BK + 1, REACH):
+                s = _tabled(s, gl.arange(0, 64, gl.SliceLayout(1, s_l)), gl.arange(0, BK, gl.SliceLayout(0, s_l)), TABLE - _opaque(apart),
+                    REACH, EXPLICIT, 0)
     if e < 0:
-        qi, ki = _rows(e, i, BK, W, s_l)
-        see = _sees(qi, ki, qp, kp, qb, n_keys, q_first, k_first, h, layer, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 0)
-        s = gl.where(see, s, -1e30)
-    return s
+        ki = _opaque(j) + gl.arange(0, BK, gl.SliceLayout(0, s_l))
+        if not EXPLICIT:
+            qp = q_first + _opaque(i) * 128 + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_l))
+            kp = k_first + ki
+        s = gl.where(_sees(qp, kp, qb, ki, h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 0), s, -1e30)
+    return s, lack
 
 @gluon.jit
-def _step(s, m, l, factor):
-    """One online-softmax step on scores s * factor: weights, new maxima, new sums, and what multiplies the sums so far."""
-    new = gl.maximum(m, gl.max(s, 1) * factor)
+def _step(s, lack, m, l, scale, LACK: gl.constexpr):
+    """One online-softmax step on scores (s + lack) * scale, LACK: is there any: weights, new maxima, new sums, and what multiplies the
+    sums so far."""
+    high = gl.max(s, 1) * scale
+    new = gl.maximum(m, high + lack * scale if LACK else high)
     safe = gl.where(new > -1e20, new, 0.0)
-    p = gl.exp2(s * factor - safe[:, None])
+    p = gl.exp2(s * scale - (safe - lack * scale if LACK else safe)[:, None])
     a = gl.exp2(m - safe)
     return p, new, l * a + gl.sum(p, 1), a
 
 @gluon.jit
 def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q_full, q_empty, LSE, META, FIRST, LIST, Q_AT, K_AT, BEGIN,
-    SLOPE, n, n_keys, q_first, k_first, layer, scale,
+    EACH, TABLE, n, n_keys, q_first, k_first, layer, scale,
                       H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BK: gl.constexpr, ST: gl.constexpr, RULE: gl.constexpr,
                           BIAS: gl.constexpr, EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr,
-                          OPENING: gl.constexpr, K_HEADS: gl.constexpr, QREG: gl.constexpr, W: gl.constexpr):
+                          OPENING: gl.constexpr, REACH: gl.constexpr, K_HEADS: gl.constexpr, QREG: gl.constexpr,
+                          W: gl.constexpr):
     ty: gl.constexpr = q_s.dtype
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     o_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -539,7 +594,7 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
     qphase = 0
     zs = gl.zeros([64, BK], gl.float32, s_l)
     my_q = q_s.index(W)
-    factor = factor_of(scale, BIAS)
+    LACK: gl.constexpr = BIAS == "slope" and not EXPLICIT
     for u in range(gl.load(FIRST + gl.program_id(0)), gl.load(FIRST + gl.program_id(0) + 1)):
         i = gl.load(META + u * 8)
         lo = gl.load(META + u * 8 + 1)
@@ -547,9 +602,16 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
         z = gl.load(META + u * 8 + 4)
         b = z // H
         h = z % H
-        mine = (b * K_HEADS + h // G % K_HEADS) * n_keys
-        near = gl.max(positions(Q_AT + b * n, q_first, i * 128 + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_l)), n, EXPLICIT),
-            0) if BIAS != "none" else 0
+        mine = K_AT + (b * K_HEADS + h // G % K_HEADS) * n_keys
+        each, MINE = bias_of(EACH, TABLE, h, REACH, BIAS)
+        qi = i * 128 + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_l))
+        qp = gl.zeros([64], gl.int32, gl.SliceLayout(1, s_l))
+        near = q_first + i * 128 + W * 64 + 63
+        if EXPLICIT:
+            qp = positions(Q_AT + b * n, q_first, qi, n, EXPLICIT)
+            near = gl.max(qp, 0) if BIAS == "slope" else 0
+        qb = begins(BEGIN + b * n, qi, n, DOCS) if DOCS else gl.zeros([64], gl.int32, gl.SliceLayout(1, s_l))
+        ramp = each * gl.arange(0, BK, gl.SliceLayout(0, s_l)).to(gl.float32)
         m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, s_l))
         l = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_l))
         acc = gl.zeros([64, D], gl.float32, o_l)
@@ -562,17 +624,21 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
             q = my_q
         mbarrier.wait(k_full.index(stage), phase)
         s = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zs, use_acc=False, is_async=True)
-        qp, kp, qb = _read(e, i * 128 + W * 64, (e & 0x1ffffff) * BK, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first, k_first,
-            EXPLICIT, DOCS, 64, BK, s_l, 0)
+        e1 = gl.load(LIST + gl.minimum(lo + 1, hi - 1)) if EXPLICIT else e
+        kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
         s = warpgroup_mma_wait(0, deps=(s,))
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(stage))
-        s = _scores(s, e, i, qp, kp, qb, h, near, Q_AT + b * n, K_AT + mine, SLOPE, n, n_keys, q_first, k_first, layer, scale, RULE,
-            BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, BK, W, s_l)
-        p, m, l, a = _step(s, m, l, factor)
+        s, lack = _scores(s, e, i, qp, kp, qb, ramp, near, each, MINE, h, n_keys, q_first, k_first, layer, RULE, BIAS, EXPLICIT, DOCS,
+            BEHIND, ALWAYS, OPENING, REACH, BK, W, s_l)
+        p, m, l, a = _step(s, lack, m, l, scale, LACK)
         p = gl.convert_layout(p.to(ty), gl.DotOperandLayout(0, o_l, 2))
         for t in range(lo + 1, hi):
-            e = gl.load(LIST + t)
+            if EXPLICIT:
+                e = e1  # known early, for positions are asked for early
+                e1 = gl.load(LIST + gl.minimum(t + 1, hi - 1))
+            else:
+                e = gl.load(LIST + t)
             nstage = stage + 1
             nphase = phase
             if nstage == ST:
@@ -582,13 +648,11 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
             s = warpgroup_mma(q, k_s.index(nstage).permute((1, 0)), zs, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(stage), phase)
             acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
-            qp, kp, qb = _read(e, i * 128 + W * 64, (e & 0x1ffffff) * BK, Q_AT + b * n, K_AT + mine, BEGIN + b * n, n, n_keys, q_first,
-                k_first,
-                EXPLICIT, DOCS, 64, BK, s_l, 0)
+            kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
             s = warpgroup_mma_wait(1, deps=(s,))
-            s = _scores(s, e, i, qp, kp, qb, h, near, Q_AT + b * n, K_AT + mine, SLOPE, n, n_keys, q_first, k_first, layer, scale,
-                RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, BK, W, s_l)
-            pf, m, l, a = _step(s, m, l, factor)
+            s, lack = _scores(s, e, i, qp, kp, qb, ramp, near, each, MINE, h, n_keys, q_first, k_first, layer, RULE, BIAS, EXPLICIT, DOCS,
+                BEHIND, ALWAYS, OPENING, REACH, BK, W, s_l)
+            pf, m, l, a = _step(s, lack, m, l, scale, LACK)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             gl.thread_barrier()
             mbarrier.arrive(k_empty.index(nstage))
@@ -601,7 +665,8 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
         acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
         # a row that sees no key gives 0, and lse = +big makes its weights 0 again in the backward pass
         some = (l > 0) & (m > -1e20)
-        lse = gl.where(some, m + gl.log2(gl.where(some, l, 1.0)), 1e30)
+        at = qp if EXPLICIT else q_first + qi
+        lse = gl.where(some, m + gl.log2(gl.where(some, l, 1.0)) + own(at, near, each, scale, BIAS), 1e30)
         r = gl.where(some, 1.0 / gl.where(some, l, 1.0), 0.0)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         gl.thread_barrier()
@@ -614,17 +679,17 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
         fence_async_shared()
         gl.thread_barrier()
         tma.async_copy_shared_to_global(o_desc, [b, h, i * 128 + W * 64, 0], my_q._reinterpret(ty, [1, 1, 64, D], o_desc.layout))
-        qi = i * 128 + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_l))
         gl.store(LSE + z.to(gl.int64) * n + qi, lse, mask=qi < n)
         tma.store_wait(0)
         gl.thread_barrier()
         mbarrier.arrive(q_empty)
 
 @gluon.jit(do_not_specialize=["n", "n_keys", "q_first", "k_first", "layer"])
-def forward(q_desc, k_desc, v_desc, o_desc, LSE, META, FIRST, LIST, Q_AT, K_AT, BEGIN, SLOPE, n, n_keys, q_first, k_first, layer, scale,
+def forward(q_desc, k_desc, v_desc, o_desc, LSE, META, FIRST, LIST, Q_AT, K_AT, BEGIN, EACH, TABLE, n, n_keys, q_first, k_first, layer,
+            scale,
             H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BK: gl.constexpr, ST: gl.constexpr, RULE: gl.constexpr, BIAS: gl.constexpr,
                 EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr, OPENING: gl.constexpr,
-                K_HEADS: gl.constexpr, QREG: gl.constexpr, num_warps: gl.constexpr):
+                REACH: gl.constexpr, K_HEADS: gl.constexpr, QREG: gl.constexpr, num_warps: gl.constexpr):
     """128 queries of one head over a list of key tiles: a producer warp, two warpgroups of 64 queries. Each issues the scores of tile
     t + 1, then the product of tile t's weights with its values, and computes the softmax of t + 1 while that product runs. QREG keeps
     the queries in registers. num_warps must be 4 (those of one warpgroup)."""
@@ -648,11 +713,11 @@ def forward(q_desc, k_desc, v_desc, o_desc, LSE, META, FIRST, LIST, Q_AT, K_AT, 
     mbarrier.init(q_empty, count=2)
     gl.warp_specialize([
         (_forward_consumer, (o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q_full, q_empty, LSE, META, FIRST, LIST, Q_AT, K_AT,
-            BEGIN, SLOPE, n, n_keys, q_first, k_first, layer, scale, H, G, D, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING,
-            K_HEADS, QREG, 0)),
+            BEGIN, EACH, TABLE, n, n_keys, q_first, k_first, layer, scale, H, G, D, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS,
+            OPENING, REACH, K_HEADS, QREG, 0)),
         (_forward_consumer, (o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q_full, q_empty, LSE, META, FIRST, LIST, Q_AT, K_AT,
-            BEGIN, SLOPE, n, n_keys, q_first, k_first, layer, scale, H, G, D, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING,
-            K_HEADS, QREG, 1)),
+            BEGIN, EACH, TABLE, n, n_keys, q_first, k_first, layer, scale, H, G, D, BK, ST, RULE, BIAS, EXPLICIT, DOCS, BEHIND, ALWAYS,
+            OPENING, REACH, K_HEADS, QREG, 1)),
         (_forward_producer, (q_desc, k_desc, v_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q_full, q_empty, META, FIRST, LIST,
             H, G, D, BK, ST)),
     ], [4, 1], [240, 24])
@@ -670,14 +735,14 @@ def described(x, rows):
 
 
 def run_forward(q, k, v, out, lse, work, arrays, first, layer, scale, options, keys=64):
-    """work: (META, FIRST, LIST) on the device; arrays: positions of queries and keys, documents, slopes, as Call.arrays gives them; first:
-    (q_first, k_first); keys: 64 or 128 in a block; options: RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, BIAS, K_HEADS."""
+    """work: (META, FIRST, LIST) on the device; arrays: positions of queries and keys, documents, biases, as Call.arrays gives them; first:
+    (q_first, k_first); keys: 64 or 128 in a block; options: RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, BIAS, REACH, K_HEADS."""
     (_, H, n, D), (K, n_keys) = q.shape, k.shape[1:3]
     meta, start, entries = work
     forward[(len(start) - 1,)](
-        described(q, 64), described(k, keys), described(v, keys), described(out, 64), lse, meta, start, entries, *arrays[:4],
+        described(q, 64), described(k, keys), described(v, keys), described(out, 64), lse, meta, start, entries, *arrays,
         n, n_keys, *first, layer, scale * LOG2E, H=H, G=H // K, D=D, BK=keys, ST=(4 if keys == 64 else 2), QREG=True, num_warps=4,
-            **options,
+        **options,
     )  # fmt: skip
 
 
@@ -689,7 +754,8 @@ def run_backward(q, k, v, out, lse, do, dlse, dq, dk, dv, work, slots, arrays, f
     meta, start, entries = work
     small = D == 64
     keys, warps, tiles = (64, 4, triton.cdiv(n, 64)) if small else (128, 8, triton.cdiv(n, 64))
-    ld = lse.new_empty(B * H * tiles * 128)
+    parts = 4 if options["EXPLICIT"] or options["DOCS"] else 2
+    ld = lse.new_empty(B * H * tiles * parts * 64)
     sums = lse.new_empty(B * H * tiles * D // 4, 256)
     part = lse.new_empty(slots, B * K, 2, keys, D) if slots else ld
     prepare[(tiles, B * H)](
@@ -699,13 +765,19 @@ def run_backward(q, k, v, out, lse, do, dlse, dq, dk, dv, work, slots, arrays, f
         lse if dlse is None else dlse,
         ld,
         sums,
+        arrays[0],
+        *arrays[2:4],
         n,
         *out.stride()[:3],
         *do.stride()[:3],
+        scale * LOG2E,
         H,
         D,
         64,
         dlse is not None,
+        options["BIAS"],
+        options["EXPLICIT"],
+        options["DOCS"],
         num_warps=4,
     )
     box = lambda x, shape: TensorDescriptor(x, list(x.shape), list(x.stride()), shape, gl.NVMMASharedLayout(0, 32, len(shape)))
@@ -714,15 +786,42 @@ def run_backward(q, k, v, out, lse, do, dlse, dq, dk, dv, work, slots, arrays, f
         described(k, keys),
         described(v, keys),
         described(do, 64),
-        box(ld, [128]),
+        box(ld, [parts * 64]),
         described(dk, keys),
         described(dv, keys),
     )
-    rest = *arrays[:4], B * K, n, n_keys, *first, layer, tiles, scale * LOG2E, scale
+    rest = arrays[1], *arrays[3:], B * K, n_keys, *first, layer, tiles, scale * LOG2E, scale
     options = options | {"H": H, "G": H // K, "D": D, "BQ": 64, "BK": keys, "num_warps": warps}
-    if small:
-        backward_small[(len(meta),)](*given, sums, part, meta, entries, *rest, **options)
-    else:
-        backward[(len(start) - 1,)](*given, box(sums, [D // 4, 256]), part, meta, start, entries, *rest, ST=3, **options)
+
+    def launch(late):
+        if small:
+            backward_small[(len(meta),)](*given, sums, part, meta, entries, *rest, LATE=late, **options)
+        else:
+            backward[(len(start) - 1,)](*given, box(sums, [D // 4, 256]), part, meta, start, entries, *rest, ST=3, LATE=late, **options)
+
+    first_that_compiles(launch, (q.dtype, *options.values()))
     finish[(tiles, B * H)](sums, dq, n, scale, *dq.stride()[:3], H, D, 64, warps, num_warps=4)
     return part if slots else None
+
+
+def first_that_compiles(launch, key):
+    """Launches a kernel in one of two forms. ptxas 12.8 crashes with a few rules where positions lie in memory, each time another form is
+    spared; PTXASError: neither is."""
+    if key in forms:
+        if forms[key] is None:
+            raise PTXASError("ptxas crashed before")
+        launch(forms[key])
+        return
+    for late in (True, False):
+        try:
+            # with its error Triton prints the whole kernel
+            with contextlib.redirect_stdout(io.StringIO()):
+                launch(late)
+            forms[key] = late
+            return
+        except PTXASError:
+            forms[key] = None
+    raise PTXASError("ptxas crashes with either form")
+
+
+forms = {}  # by what is compiled in: LATE, or None where no form compiles

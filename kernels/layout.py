@@ -152,6 +152,13 @@ def unlinked(rule):
     return rule._replace(options=dataclasses.replace(rule.options, **{links[1]: 0})) if links else rule
 
 
+def within(found, q, k, reach):
+    """The layout without the blocks in which every key is `reach` or more before every query. q, k: as they were given to layout()."""
+    least, most = summary(q, found.block[0])[0], summary(k, found.block[1])[1]
+    near = least[found.pairs >> 32] - most[found.pairs & (1 << 31) - 1] < reach
+    return dataclasses.replace(found, pairs=found.pairs[near])
+
+
 def pyramid(x):
     """Summaries of blocks, of pairs of blocks, of fours, and so on up to one."""
     levels = [x]

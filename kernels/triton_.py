@@ -10,6 +10,7 @@ Masked scores are -1e30, not -inf, so no NaN can arise.
 """
 
 import collections
+import contextlib
 import functools
 import os
 from typing import Any, NamedTuple, Optional
@@ -18,12 +19,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import ops
 from kernels import plan
 from kernels.inline import compiled
-from kernels.layout import layout
+from kernels.layout import layout, within
 from kernels.named import named, rule_of
 from kernels.spans import behaviours
 
@@ -31,6 +33,10 @@ Maybe = Optional[Tensor]  # noqa: UP045, so that a schema can be read off
 LOG2E = 1.4426950408889634
 MASKED = tl.constexpr(-1e30)
 PARTIAL = tl.constexpr(0x7FFFFFFF)
+# entries on either side of a table: a block whose least distance is near has no distance beyond them
+BESIDE = tl.constexpr(256)
+# from where a table has distance 0 back to where it has it in the other direction
+MIRROR = tl.constexpr(2 * 256 + 1)
 BLOCK_BITS, BLOCK = tl.constexpr(plan.BLOCKS), tl.constexpr((1 << plan.BLOCKS) - 1)
 
 # ---------------------------------------------------------------- inside the kernels
@@ -75,39 +81,56 @@ def begins(BEGIN, r, n, DOCS: tl.constexpr):
 
 
 @triton.jit
-def biased(s, scale, q, k, near, slope, TABLE, far, REACH: tl.constexpr, BIAS: tl.constexpr):
-    """Scores in base 2 from raw products: slope: - slope * (q - k); table: + TABLE[min(q - k, REACH - 1)], far: that of distant keys.
-    near: a position of the block that stays while others pass: distances from it are exact, and one subtraction a score is enough."""
+def biased(s, q, k, near, least, each, TABLE, REACH: tl.constexpr, EXPLICIT: tl.constexpr, BIAS: tl.constexpr):
+    """Raw products with the bias, but for what is the same for all keys of a query: a softmax does not feel it (see own).
+
+    slope: each * (k - near), near a position of the block of queries: exact for keys that are not far. table: what distant keys have is
+    subtracted from all of it (Call.bias), so it is read only where a distance, the least of the block being `least`, is below REACH - 1.
+    """
     if BIAS == "slope":
-        return s * scale - (slope * (q - near).to(tl.float32) - slope * (k - near).to(tl.float32))
+        return s + each * (k - near).to(tl.float32)
     elif BIAS == "table":
-        if tl.min(q) - tl.max(k) >= REACH - 1:
-            b = tl.zeros_like(s) + far
+        if EXPLICIT:
+            if tl.min(q) - tl.max(k) < REACH - 1:
+                s += tl.load(TABLE + tl.minimum(tl.maximum(q - k, 0), REACH - 1))
         else:
-            b = tl.load(TABLE + tl.minimum(tl.maximum(q - k, 0), REACH - 1))
-        return s * scale + b * 1.4426950408889634
+            # a block that is listed only so that its list is not empty may lie anywhere
+            if (least < REACH - 1) & (least > -BESIDE):
+                s += tl.load(TABLE + (q - k))
+        return s
     else:
         return s
 
 
 @triton.jit
-def factor_of(scale, BIAS: tl.constexpr):
-    """What still multiplies the scores that biased() returns: without a bias the scale joins the exponential in one instruction."""
-    if BIAS == "none":
-        return scale
+def own(q, near, each, scale, BIAS: tl.constexpr):
+    """What biased() leaves out for queries at q, in base 2: only the log-sum-exp shows it."""
+    if BIAS == "slope":
+        return each * scale * (near - q).to(tl.float32)
+    elif BIAS == "table":
+        return each * scale
     else:
-        return 1.0
+        return 0.0
 
 
 @triton.jit
-def bias_of(SLOPE, TABLE, h, REACH: tl.constexpr, BIAS: tl.constexpr):
-    """A head's slope in base 2, its table, and the table's last entry."""
+def bias_of(EACH, TABLE, h, REACH: tl.constexpr, BIAS: tl.constexpr):
+    """A head's slope or its table's last entry, and its table from distance 0 on."""
     if BIAS == "slope":
-        return tl.load(SLOPE + h) * 1.4426950408889634, TABLE, 0.0
+        return tl.load(EACH + h), TABLE
     elif BIAS == "table":
-        return 0.0, TABLE + h * REACH, tl.load(TABLE + h * REACH + REACH - 1)
+        return tl.load(EACH + h), TABLE + (2 * h + 1) * (REACH + 2 * BESIDE) + BESIDE
     else:
-        return 0.0, TABLE, 0.0
+        return 0.0, TABLE
+
+
+@triton.jit
+def latest(at, last, EXPLICIT: tl.constexpr):
+    """The largest position of a block; `last`: that of consecutive ones."""
+    if EXPLICIT:
+        return tl.max(at)
+    else:
+        return last
 
 
 @triton.jit
@@ -121,7 +144,7 @@ def my_work(WHO, ITEM, LO, HI, Z, wide):
 
 @triton.jit(do_not_specialize=["n", "n_keys", "q_first", "k_first", "wide", "layer", "Z"])
 def forward_kernel(
-    Q, K, V, O, LSE, Q_AT, K_AT, BEGIN, SLOPE, TABLE, WHO, ITEM, LO, HI, LIST,
+    Q, K, V, O, LSE, Q_AT, K_AT, BEGIN, EACH, TABLE, WHO, ITEM, LO, HI, LIST,
     Z, wide, n, n_keys, q_first, k_first, layer, scale,
     H: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, REACH: tl.constexpr, K_HEADS: tl.constexpr,
     RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
@@ -133,11 +156,12 @@ def forward_kernel(
         return
     b, h = z // H, z % H
     r = i * BQ + tl.arange(0, BQ)
-    qp = positions(Q_AT + b * n, q_first, r, n, EXPLICIT)[:, None]
+    at = positions(Q_AT + b * n, q_first, r, n, EXPLICIT)
+    qp = at[:, None]
     qb = begins(BEGIN + b * n, r, n, DOCS)[:, None]
-    slope, TABLE, far = bias_of(SLOPE, TABLE, h, REACH, BIAS)
+    each, TABLE = bias_of(EACH, TABLE, h, REACH, BIAS)
     K_AT += (b * K_HEADS + h // G % K_HEADS) * n_keys
-    factor, near = factor_of(scale, BIAS), tl.max(qp)
+    near = latest(qp, q_first + i * BQ + BQ - 1, EXPLICIT)
     q = Q.load([b, h, i * BQ, 0]).reshape(BQ, DP)
     m = tl.full([BQ], MASKED, tl.float32)
     l = tl.zeros([BQ], tl.float32)
@@ -148,22 +172,22 @@ def forward_kernel(
         s = tl.dot(q, K.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
         ki = j + tl.arange(0, BK)
         kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
-        s = biased(s, scale, qp, kp, near, slope, TABLE, far, REACH, BIAS)
+        s = biased(s, qp, kp, near, q_first + i * BQ - k_first - j - BK + 1, each, TABLE, REACH, EXPLICIT, BIAS)
         if e < 0:
             s = tl.where(
                 seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED
             )
-        new = tl.maximum(m, tl.max(s, 1) * factor)
+        new = tl.maximum(m, tl.max(s, 1) * scale)
         # a row that has seen nothing yet has a maximum far below any score
         safe = tl.where(new > -1e20, new, 0.0)
-        p = tl.math.exp2(s * factor - safe[:, None])
+        p = tl.math.exp2(s * scale - safe[:, None])
         a = tl.math.exp2(m - safe)
         m, l = new, l * a + tl.sum(p, 1)
         acc = tl.dot(p.to(Q.dtype), V.load([b, h // G, j, 0]).reshape(BK, DP), acc * a[:, None], input_precision=PRECISION)
     some = l > 0
     l = tl.where(some, l, 1.0)
     O.store([b, h, i * BQ, 0], (acc / l[:, None]).to(Q.dtype).reshape(1, 1, BQ, DP))
-    tl.store(LSE + z.to(tl.int64) * n + r, tl.where(some, m + tl.math.log2(l), 1e30), mask=r < n)
+    tl.store(LSE + z.to(tl.int64) * n + r, tl.where(some, m + tl.math.log2(l) + own(at, near, each, scale, BIAS), 1e30), mask=r < n)
 
 
 @triton.jit(do_not_specialize=["n", "sb", "sh", "sn", "tb", "th", "tn"])
@@ -186,13 +210,13 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=["n", "n_keys", "q_first", "k_first", "wide", "layer", "Z"])
 def dq_kernel(
-    Q, K, V, DO, DQ, LSE, DELTA, DTABLE, Q_AT, K_AT, BEGIN, SLOPE, TABLE, WHO, ITEM, LO, HI, LIST,
+    Q, K, V, DO, DQ, LSE, DELTA, Q_AT, K_AT, BEGIN, EACH, TABLE, WHO, ITEM, LO, HI, LIST,
     Z, wide, n, n_keys, q_first, k_first, layer, scale, plain,
     H: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, REACH: tl.constexpr, K_HEADS: tl.constexpr,
     RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ = dS K of one block of queries, and with a table its gradient, the sum of dS by distance."""
+    """dQ = dS K of one block of queries."""
     z, i, lo, hi, _ = my_work(WHO, ITEM, LO, HI, Z, wide)
     if i < 0:
         return
@@ -201,15 +225,14 @@ def dq_kernel(
     at = z.to(tl.int64) * n + r
     qp = positions(Q_AT + b * n, q_first, r, n, EXPLICIT)[:, None]
     qb = begins(BEGIN + b * n, r, n, DOCS)[:, None]
-    slope, TABLE, far = bias_of(SLOPE, TABLE, h, REACH, BIAS)
+    each, TABLE = bias_of(EACH, TABLE, h, REACH, BIAS)
     K_AT += (b * K_HEADS + h // G % K_HEADS) * n_keys
-    factor, near = factor_of(scale, BIAS), tl.max(qp)
+    near = latest(qp, q_first + i * BQ + BQ - 1, EXPLICIT)
     q = Q.load([b, h, i * BQ, 0]).reshape(BQ, DP)
     do = DO.load([b, h, i * BQ, 0]).reshape(BQ, DP)
-    lse = tl.load(LSE + at, mask=r < n, other=1e30)[:, None]
+    lse = tl.load(LSE + at, mask=r < n, other=1e30)[:, None] - own(qp, near, each, scale, BIAS)
     delta = tl.load(DELTA + at, mask=r < n, other=0.0)[:, None]
     dq = tl.zeros([BQ, DP], tl.float32)
-    away = tl.zeros([BQ], tl.float32)
     for t in tl.range(lo, hi):
         e = tl.load(LIST + t)
         j = (e & PARTIAL) * BK
@@ -217,28 +240,21 @@ def dq_kernel(
         s = tl.dot(q, k.T, input_precision=PRECISION)
         ki = j + tl.arange(0, BK)
         kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
-        s = biased(s, scale, qp, kp, near, slope, TABLE, far, REACH, BIAS)
+        s = biased(s, qp, kp, near, q_first + i * BQ - k_first - j - BK + 1, each, TABLE, REACH, EXPLICIT, BIAS)
         if e < 0:
             s = tl.where(
                 seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED
             )
-        p = tl.math.exp2(s * factor - lse)
+        p = tl.math.exp2(s * scale - lse)
         dp = tl.dot(do, V.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
         ds = p * (dp - delta)
-        if BIAS == "table":
-            distance = tl.minimum(tl.maximum(qp - kp, 0), REACH - 1)
-            away += tl.sum(tl.where(distance == REACH - 1, ds, 0.0), 1)
-            if tl.min(qp) - tl.max(kp) < REACH - 1:
-                tl.atomic_add(DTABLE + h * REACH + distance, ds, mask=(distance < REACH - 1) & (ds != 0.0), sem="relaxed")
         dq = tl.dot(ds.to(Q.dtype), k, dq, input_precision=PRECISION)
     DQ.store([b, h, i * BQ, 0], (dq * plain).to(Q.dtype).reshape(1, 1, BQ, DP))
-    if BIAS == "table":
-        tl.atomic_add(DTABLE + h * REACH + REACH - 1, tl.sum(away), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["n", "n_keys", "q_first", "k_first", "wide", "layer", "Z"])
 def dkv_kernel(
-    Q, K, V, DO, DK, DV, PART, LSE, DELTA, Q_AT, K_AT, BEGIN, SLOPE, TABLE, WHO, ITEM, LO, HI, SLOT, LIST,
+    Q, K, V, DO, DK, DV, PART, LSE, DELTA, Q_AT, K_AT, BEGIN, EACH, TABLE, WHO, ITEM, LO, HI, SLOT, LIST,
     Z, wide, n, n_keys, q_first, k_first, layer, scale, plain,
     H: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, REACH: tl.constexpr, K_HEADS: tl.constexpr,
     RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
@@ -253,7 +269,6 @@ def dkv_kernel(
     slot = tl.load(SLOT + at)
     ki = j * BK + tl.arange(0, BK)
     kp = positions(K_AT + (b * K_HEADS + hk % K_HEADS) * n_keys, k_first, ki, n_keys, EXPLICIT)[:, None]
-    factor, near = factor_of(scale, BIAS), tl.max(kp)
     k = K.load([b, hk, j * BK, 0]).reshape(BK, DP)
     v = V.load([b, hk, j * BK, 0]).reshape(BK, DP)
     dk = tl.zeros([BK, DP], tl.float32)
@@ -271,14 +286,15 @@ def dkv_kernel(
         lse = tl.load(LSE + row, mask=r < n, other=1e30)[None, :]
         delta = tl.load(DELTA + row, mask=r < n, other=0.0)[None, :]
         qp = positions(Q_AT + b * n, q_first, r, n, EXPLICIT)[None, :]
-        slope, MINE, far = bias_of(SLOPE, TABLE, h, REACH, BIAS)
-        s = biased(s, scale, qp, kp, near, slope, MINE, far, REACH, BIAS)
+        each, MINE = bias_of(EACH, TABLE, h, REACH, BIAS)
+        near = latest(qp, q_first + i + BQ - 1, EXPLICIT)
+        s = biased(s, qp, kp, near, q_first + i - k_first - j * BK - BK + 1, each, MINE, REACH, EXPLICIT, BIAS)
         if e < 0:
             qb = begins(BEGIN + b * n, r, n, DOCS)[None, :]
             s = tl.where(
                 seen(qp, kp, qb, ki[:, None], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED
             )
-        p = tl.math.exp2(s * factor - lse)
+        p = tl.math.exp2(s * scale - (lse - own(qp, near, each, scale, BIAS)))
         dv = tl.dot(p.to(Q.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, do.T, input_precision=PRECISION)
         dk = tl.dot((p * (dp - delta)).to(Q.dtype), q, dk, input_precision=PRECISION)
@@ -289,6 +305,63 @@ def dkv_kernel(
         to = PART + ((slot * Z + z).to(tl.int64) * 2 * BK + tl.arange(0, BK)[:, None]) * DP + tl.arange(0, DP)[None, :]
         tl.store(to, dk * plain)
         tl.store(to + BK * DP, dv)
+
+
+@triton.jit(do_not_specialize=["n", "n_keys", "q_first", "k_first", "wide", "layer", "Z", "m"])
+def dtable_kernel(
+    Q, K, V, O, DO, LSE, DLSE, TO, Q_AT, K_AT, BEGIN, EACH, TABLE, WHO, ITEM, LO, HI, LIST,
+    Z, wide, n, n_keys, q_first, k_first, layer, scale, m,
+    H: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, REACH: tl.constexpr, K_HEADS: tl.constexpr,
+    RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, WITH_LSE: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """The sums of dS over one block of queries by distance, SPAN distances from the second axis' SPAN-th on, into TO [Z, m, distances]:
+    keys and queries that are consecutive make diagonals. Positions that are scattered: every dS is added to TO [H, REACH - 1]."""
+    z, i, lo, hi, _ = my_work(WHO, ITEM, LO, HI, Z, wide)
+    if i < 0:
+        return
+    b, h = z // H, z % H
+    r = i * BQ + tl.arange(0, BQ)
+    at = z.to(tl.int64) * n + r
+    qp = positions(Q_AT + b * n, q_first, r, n, EXPLICIT)[:, None]
+    qb = begins(BEGIN + b * n, r, n, DOCS)[:, None]
+    each, TABLE = bias_of(EACH, TABLE, h, REACH, BIAS)
+    K_AT += (b * K_HEADS + h // G % K_HEADS) * n_keys
+    q = Q.load([b, h, i * BQ, 0]).reshape(BQ, DP)
+    do = DO.load([b, h, i * BQ, 0]).reshape(BQ, DP)
+    delta = tl.sum(O.load([b, h, i * BQ, 0]).reshape(BQ, DP).to(tl.float32) * do.to(tl.float32), 1)[:, None]
+    if WITH_LSE:
+        delta -= tl.load(DLSE + at, mask=r < n, other=0)[:, None] * 1.4426950408889634
+    lse = tl.load(LSE + at, mask=r < n, other=1e30)[:, None] - own(qp, 0, each, scale, BIAS)
+    first = tl.program_id(1) * SPAN
+    distance = first + tl.arange(0, SPAN)[None, :]
+    total = tl.zeros([BQ, SPAN], tl.float32)
+    for t in tl.range(lo, hi):
+        e = tl.load(LIST + t)
+        j = (e & PARTIAL) * BK
+        least = q_first + i * BQ - k_first - j - BK + 1
+        # all blocks that are listed have distances below REACH - 1; a condition would keep their copies from overlapping
+        if EXPLICIT or REACH - 1 <= SPAN or ((least < first + SPAN) & (least + BQ + BK - 2 >= first)):
+            ki = j + tl.arange(0, BK)
+            kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
+            s = tl.dot(q, K.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
+            s = biased(s, qp, kp, 0, least, each, TABLE, REACH, EXPLICIT, BIAS)
+            if e < 0:
+                s = tl.where(
+                    seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED
+                )
+            dp = tl.dot(do, V.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
+            ds = tl.math.exp2(s * scale - lse) * (dp - delta)
+            if EXPLICIT:
+                far = tl.maximum(qp - kp, 0)
+                tl.atomic_add(TO + h * (REACH - 1) + far, ds, mask=(far < REACH - 1) & (ds != 0.0), sem="relaxed")
+            else:
+                # for each row and distance the column of its key
+                c = qp - distance - k_first - j
+                total += tl.where((c >= 0) & (c < BK), tl.gather(ds, tl.minimum(tl.maximum(c, 0), BK - 1), 1), 0.0)
+    if not EXPLICIT:
+        to = TO + (z.to(tl.int64) * m + i) * tl.num_programs(1) * SPAN + first
+        tl.store(to + tl.arange(0, SPAN), tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=["m", "wide"])
@@ -365,14 +438,16 @@ class Lists(NamedTuple):
 
 def lists(kind, q, k, call, size):
     """The Lists of a kernel for these tensors and places, from a cache if they are there. kind: "query" or "key", what a piece of
-    work is a block of, or these "in order" (kernels/hopper.py); size: tokens in a block of queries, of keys."""
+    work is a block of, or these "in order" (kernels/hopper.py), or "near": "query", of the blocks
+    with a distance that has a bias of its own; size: tokens in a block of queries, of keys."""
     (B, H, n, _), (K, n_keys), w, rule = q.shape, k.shape[1:3], call.where, rule_of(call.rule)
     host = [None if x is None else ops.known(x) for x in w[2:]]
     sides = (w.q_first, n), (w.k_first, n_keys)
     data = (x if x is None else (x.shape, written(x)) for x in host)
-    key = kind, size, rule, sides, *data, B, H, K, q.device, call.always, call.opening
+    reach = call.reach() if kind == "near" else None
+    key = kind, size, rule, sides, *data, B, H, K, q.device, call.always, call.opening, reach
     made = recent.pop(key, None)
-    recent[key] = made = made or listed(kind, found(host, sides, size, rule, B, H, K, call.always, call.opening), K, q.device)
+    recent[key] = made = made or listed(kind, found(host, sides, size, rule, B, H, K, call.always, call.opening, reach), K, q.device)
     while len(recent) > 1 and sum(x.numel() for made in recent.values() for x in made.arrays) > ROOM:
         del recent[next(iter(recent))]
     return made
@@ -394,8 +469,8 @@ recent = {}  # Lists by everything that they depend on, the last ones asked for 
 ROOM = 1 << 26  # numbers that are kept on the device
 
 
-def found(host, sides, size, rule, B, H, K, always, opening):
-    """The layouts [B][H]; what stands alike is asked for once, and is one object."""
+def found(host, sides, size, rule, B, H, K, always, opening, reach=None):
+    """The layouts [B][H]; what stands alike is asked for once, and is one object. reach: of blocks with a distance below reach - 1."""
     q_at, k_at, begin = host
     who, known, out = behaviours(rule, H), {}, []
     for b in range(B):
@@ -407,6 +482,8 @@ def found(host, sides, size, rule, B, H, K, always, opening):
             mark = who[h], *(x if x is None else x.tobytes() for x in (*rows, keys))
             if mark not in known:
                 known[mark] = layout(rule, q, k, size, rows[1], always, who[h], opening)
+                if reach is not None:
+                    known[mark] = within(known[mark], q, k, reach - 1)
             out[-1].append(known[mark])
     return out
 
@@ -435,9 +512,9 @@ def hopper_on(device):
     return hopper
 
 
-def hopper_for(q, call):
-    """kernels/hopper.py if it does this: 16 bits, D 64 or 128, no table."""
-    fits = q.dtype != torch.float32 and q.shape[3] in (64, 128) and call.table is None
+def hopper_for(q):
+    """kernels/hopper.py if it does this: 16 bits, D 64 or 128."""
+    fits = q.dtype != torch.float32 and q.shape[3] in (64, 128)
     return hopper_on(q.device) if fits else None
 
 
@@ -468,11 +545,25 @@ class Call(NamedTuple):
         B, w = q.shape[0], self.where
         whole = lambda x, *shape: like if x is None else x.expand(shape).to(torch.int32).contiguous()
         at = whole(w.q_at, B, 1, q.shape[2]), whole(w.k_at, B, self.key_heads(), k.shape[2]), whole(w.begin, B, 1, q.shape[2])
-        return *at, *(like if x is None else x for x in (self.slope, self.table))
+        return *at, *(like if x is None else x for x in self.bias())
+
+    def bias(self):
+        """What the kernels read of a bias, in the unit of raw products: each head's slope, or its table's last entry; and the table
+        less that entry, so that distant keys have none, with room on either side for distances that it does not have, backwards and then
+        forwards."""
+        if self.table is None:
+            return None if self.slope is None else self.slope / self.scale, None
+        table = self.table.detach().float()
+        both = table.index_select(1, both_ways(table.shape[1], table.device))
+        return table[:, -1] / self.scale, (both - table[:, -1:]) / self.scale
 
     def key_heads(self):
         """How many key heads have positions of their own."""
         return 1 if self.where.k_at is None else self.where.k_at.shape[1]
+
+    def reach(self):
+        """How many distances have a bias of their own; all beyond share the last."""
+        return 1 if self.table is None else self.table.shape[1]
 
     def options(self, q, k):
         """What is compiled in, whatever the kernel."""
@@ -485,6 +576,7 @@ class Call(NamedTuple):
             "ALWAYS": self.always,
             "OPENING": self.opening,
             "BIAS": "slope" if self.slope is not None else "table" if self.table is not None else "none",
+            "REACH": self.reach(),
             "K_HEADS": self.key_heads(),
         }
 
@@ -495,11 +587,23 @@ class Call(NamedTuple):
             "DP": width_of(q),
             "BQ": shape.queries,
             "BK": shape.keys,
-            "REACH": 1 if self.table is None else self.table.shape[1],
             "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
             "num_warps": shape.warps,
             "num_stages": shape.stages,
         }
+
+
+def keys_for(mean, call):
+    """Keys in a block of the Hopper forward pass. Long lists are worth larger blocks, though more of their scores are masked; with a bias
+    these would not fit into the registers."""
+    return 128 if call.slope is None and call.table is None and mean > 32 else 64
+
+
+@functools.cache
+def both_ways(R, device):
+    """The places of R entries with BESIDE copies of the first and of the last beside them, backwards and then forwards."""
+    at = torch.arange(-BESIDE.value, R + BESIDE.value, device=device).clamp(0, R - 1)
+    return torch.cat([at.flip(0), at])
 
 
 def run_forward(q, k, v, call):
@@ -510,11 +614,10 @@ def run_forward(q, k, v, call):
     q, k, v = ready(q), ready(k), ready(v)
     rule = rule_of(call.rule)
     arrays, first = call.arrays(q, k, lse), (call.where.q_first, call.where.k_first)
-    hopper = hopper_for(q, call)
+    hopper = hopper_for(q)
     if hopper and D == 128:
         work = lists("query in order", q, k, call, (128, 64))
-        # long lists are worth larger blocks, though more of their scores are masked
-        keys = 128 if call.slope is None and work.mean > 32 else 64
+        keys = keys_for(work.mean, call)
         work = work if keys == 64 else lists("query in order", q, k, call, (128, 128))
         hopper.run_forward(q, k, v, out, lse, work.arrays, arrays, first, layer_of(rule), call.scale, call.options(q, k), keys)
         return out, lse
@@ -529,25 +632,28 @@ def run_forward(q, k, v, call):
     return out, lse
 
 
-def run_backward(q, k, v, out, lse, do, dlse, call):
-    """dq, dk, dv and the table's gradient."""
+def run_backward(q, k, v, out, lse, do, dlse, call, train_table=True):
+    """dq, dk, dv and the table's gradient, None if there is no table or it is not wanted."""
     (B, H, n, D), (K, n_keys) = q.shape, k.shape[1:3]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     q, k, v, do = ready(q), ready(k), ready(v), ready(do)
-    dtable = None if call.table is None else torch.zeros_like(call.table)
     dlse = None if dlse is None else dlse.contiguous()
     rule = rule_of(call.rule)
     arrays, first, layer = call.arrays(q, k, lse), (call.where.q_first, call.where.k_first), layer_of(rule)
-    hopper = hopper_for(q, call)
+    wanted = train_table and call.table is not None
+    dtable = table_gradient(q, k, v, out, lse, do, dlse, call, arrays) if wanted else None
+    hopper = hopper_for(q)
     # a rule that is dear to ask is better served by smaller blocks, of which more are full
     if hopper and not any(hasattr(leaf.module, "LINKS") for leaf in rule.leaves()):
         size = 64, 2 * 64 if D == 128 else 64
         work = lists("key in order", q, k, call, size)
-        part = hopper.run_backward(
-            q, k, v, out, lse, do, dlse, dq, dk, dv, work.arrays, work.slots, arrays, first, layer, call.scale, call.options(q, k)
-        )
-        add_parts(part, work, dk, dv, size[1])
-        return dq, dk, dv, dtable
+        # where ptxas crashes (hopper.first_that_compiles) the plain kernels must do
+        with contextlib.suppress(PTXASError):
+            part = hopper.run_backward(
+                q, k, v, out, lse, do, dlse, dq, dk, dv, work.arrays, work.slots, arrays, first, layer, call.scale, call.options(q, k)
+            )
+            add_parts(part, work, dk, dv, size[1])
+            return dq, dk, dv, dtable
     _, shape_q, shape_k = shapes(D, q.dtype)
     DP, delta = width_of(q), torch.empty_like(lse)
     delta_kernel[(triton.cdiv(n, 64), B * H)](
@@ -568,10 +674,35 @@ def run_backward(q, k, v, out, lse, do, dlse, call):
     wide = item.shape[1]
     dq_kernel[(B * H * wide,)](
         described(q, shape_q.queries), described(k, shape_q.keys), described(v, shape_q.keys), described(do, shape_q.queries),
-        described(dq, shape_q.queries), lse, delta, lse if dtable is None else dtable, *arrays,
+        described(dq, shape_q.queries), lse, delta, *arrays,
         who, item, lo, hi, entries, B * H, wide, *same, **call.options(q, k), **call.sizes(q, k, shape_q),
     )  # fmt: skip
     return dq, dk, dv, dtable
+
+
+def table_gradient(q, k, v, out, lse, do, dlse, call, arrays):
+    """The gradient of call.table [H, R]: only blocks with near keys are looked at. What distant keys have is the rest: all dS of a query
+    add up to the gradient by its log-sum-exp."""
+    (B, H, n, D), R = q.shape, call.reach()
+    near = lse.new_zeros(H, R - 1)
+    if R > 1:
+        shape = shapes(D, q.dtype)[1]._replace(stages=2)
+        who, item, lo, hi, _, entries = lists("near", q, k, call, shape[:2]).arrays
+        wide, m = item.shape[1], triton.cdiv(n, shape.queries)
+        scattered = call.where.q_at is not None
+        span = min(128, width_for(R - 1))
+        count = 1 if scattered else triton.cdiv(R - 1, span)
+        to = near if scattered else lse.new_empty(B, H, m, count * span)
+        tile = lambda x, rows: described(ready(x), rows)
+        dtable_kernel[(B * H * wide, count)](
+            tile(q, shape.queries), tile(k, shape.keys), tile(v, shape.keys), tile(out, shape.queries), tile(do, shape.queries),
+            lse, lse if dlse is None else dlse, to, *arrays, who, item, lo, hi, entries, B * H, wide, n, k.shape[2],
+            call.where.q_first, call.where.k_first, layer_of(rule_of(call.rule)), call.scale * LOG2E, m,
+            **call.options(q, k), **call.sizes(q, k, shape), WITH_LSE=dlse is not None, SPAN=span,
+        )  # fmt: skip
+        near = near if scattered else to.sum((0, 2))[:, : R - 1]
+    all_of_it = near.new_zeros(H) if dlse is None else torch.where(lse > 1e29, 0, dlse).sum((0, 2)) * LOG2E
+    return torch.cat([near, (all_of_it - near.sum(1))[:, None]], 1).to(call.table.dtype)
 
 
 def add_parts(part, work, dk, dv, keys):
@@ -586,7 +717,12 @@ def add_parts(part, work, dk, dv, keys):
 
 def width_of(x):
     """The head width as the kernels have it: a power of two, at least 16."""
-    return 1 << max(x.shape[3] - 1, 15).bit_length()
+    return width_for(x.shape[3])
+
+
+def width_for(n):
+    """The least power of two from n on, at least 16."""
+    return 1 << max(n - 1, 15).bit_length()
 
 
 def layer_of(rule):
@@ -613,17 +749,17 @@ def _(q, k, v, *_):
 @torch.library.custom_op("nanolong::flash_backward", mutates_args=())
 def flash_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Maybe, rule: str, q_first: int, k_first: int, q_at: Maybe,
-    k_at: Maybe, begin: Maybe, always: int, opening: int, scale: float, slope: Maybe, table: Maybe,
+    k_at: Maybe, begin: Maybe, always: int, opening: int, scale: float, slope: Maybe, table: Maybe, train_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     call = Call(rule, Where(q_first, k_first, q_at, k_at, begin), always, opening, scale, slope, table)
-    *grads, dtable = run_backward(q, k, v, out, lse, do, dlse, call)
+    *grads, dtable = run_backward(q, k, v, out, lse, do, dlse, call, train_table)
     return *grads, lse.new_empty(0) if dtable is None else dtable
 
 
 @flash_backward.register_fake
 def _(q, k, v, *rest):
-    table = rest[-1]
-    return *map(torch.empty_like, (q, k, v)), q.new_empty(0, dtype=torch.float32) if table is None else torch.empty_like(table)
+    *_, table, train_table = rest
+    return *map(torch.empty_like, (q, k, v)), torch.empty_like(table) if train_table else q.new_empty(0, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
@@ -637,8 +773,9 @@ def _backward(ctx, do, dlse):
     q, k, v, out, lse, q_at, k_at, begin, slope, table = ctx.saved_tensors
     first, last = ctx.rest
     do = torch.zeros_like(out) if do is None else do
-    *grads, dtable = flash_backward(q, k, v, out, lse, do, dlse, *first, q_at, k_at, begin, *last, slope, table)
-    return *grads, *[None] * 10, None if table is None else dtable
+    train_table = table is not None and ctx.needs_input_grad[-1]
+    *grads, dtable = flash_backward(q, k, v, out, lse, do, dlse, *first, q_at, k_at, begin, *last, slope, table, train_table)
+    return *grads, *[None] * 10, dtable if train_table else None
 
 
 flash.register_autograd(_backward, setup_context=_save)

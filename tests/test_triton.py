@@ -166,6 +166,56 @@ def test_biases(kind, explicit, dtype, D):
 
 
 @every_kind
+@pytest.mark.parametrize("reach", [1, 2, 18, 129, 300])
+def test_tables_of_every_length(reach, dtype, D):
+    """Shorter than a block, longer than what one program adds up, longer than the text; blocks that do not begin at the same positions."""
+    H, T, N = 4, 150, 211
+    bias = Bias(None, torch.randn(H, reach, device=ops.device(), requires_grad=True))
+    begin = torch.from_numpy(np.where(np.arange(T) < 71, 0, 71 + 9).astype("int32"))[None, None].to(ops.device())
+    for rule, b in (("full", None), ("longformer:window=90,n_global=9", begin)):
+        agree(dtype, inputs(1, H, 2, T, N, D, dtype), row(T, N - T + 9), row(N, 9), placed(rule, H, 2), b, bias=bias)
+
+
+@every_kind
+@pytest.mark.parametrize("kind", ["slope", "table"])
+def test_biases_of_far_positions(kind, dtype, D):
+    """Scattered keys, some of them far away, and a text far from its beginning."""
+    H, T, N, first = 4, 81, 150, (1 << 20) - 70
+    table = torch.randn(H, 33, device=ops.device(), requires_grad=True)
+    bias = Bias(2.0 ** -torch.arange(1, H + 1, device=ops.device()), None) if kind == "slope" else Bias(None, table)
+    rule = placed("longformer:window=90,n_global=9", H, 2)
+    agree(dtype, inputs(1, H, 2, T, N, D, dtype), row(T, first + N - T), row(N, first), rule, bias=bias)
+    draw = np.random.default_rng()
+    k_at = np.stack([draw.permutation(260)[:N] for _ in range(4)]).reshape(2, 2, N)
+    k_at = np.where(draw.random(k_at.shape) < 0.2, -1, k_at + first)
+    q_at = np.stack([np.arange(120, 120 + T), np.arange(140, 140 + T)]) + first
+    q_at[:, 70:] = -1
+    begin = torch.from_numpy(np.where(q_at < first + 170, 3, first + 170).astype("int32"))[:, None].to(ops.device())
+    agree(dtype, inputs(2, H, 2, T, N, D, dtype), places(q_at), places(k_at), rule, begin, always=3, bias=bias)
+
+
+@every_kind
+@pytest.mark.parametrize("kind", ["slope", "table"])
+def test_parts_are_merged_by_their_log_sum_exps(kind, dtype, D):
+    """The log-sum-exps are those of the whole scores, whatever the kernels leave out of them."""
+    H, T, N, half = 4, 90, 300, 128
+    table = torch.randn(H, 18, device=ops.device())
+    bias = Bias(torch.rand(H, device=ops.device()) / 4, None) if kind == "slope" else Bias(None, table)
+    q, k, v, w = inputs(1, H, 2, T, N, D, dtype)
+    rule = placed("full", H, 2)
+    at = row(T, N - T)
+    want, sums = exact(q, k, v, at, row(N), rule, None, 0, 0, bias)
+    parts = [(0, half), (half, N)]
+    got = [triton_.attend(q, k[:, :, a:b], v[:, :, a:b], at, row(b - a, a), rule, bias=bias, lse=True) for a, b in parts]
+    lse = torch.stack([s for _, s in got])
+    merged = sum(y * s.exp()[..., None] for (y, _), s in zip(got, lse - lse.logsumexp(0)))
+    off = lambda a, b: float((a.double() - b).norm() / b.norm())
+    assert off(lse.logsumexp(0), sums) < EPS[dtype] and off(merged, want) < EPS[dtype]
+    grads = zip(*(torch.autograd.grad((y.double() * w).sum(), (q, k, v)) for y in (merged, want)))
+    assert all(off(a, b.double()) < 2 * EPS[dtype] for a, b in grads)
+
+
+@every_kind
 def test_blocks_that_are_cut(monkeypatch, dtype, D):
     """Keys that all queries see are many programs' work; their parts add up."""
     monkeypatch.setattr(plan, "LEAST", 2)
