@@ -287,6 +287,11 @@ def sdpa(q, k, v, mask, scale):
     if T > 1 and v.shape[3] < D:
         # where widths differ, most fused kernels give way to one that keeps all scores
         return sdpa(q, k, F.pad(v, (0, D - v.shape[3])), mask, scale)[..., : v.shape[3]]
+    if is_array(mask) and mask.is_floating_point() and q.device.type != "cpu":
+        # a GPU's kernels make no numbers of a row of -inf
+        none = mask.amax(-1, keepdim=True) == -torch.inf
+        y = F.scaled_dot_product_attention(q, k, v, mask.masked_fill(none, 0.0), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return y.masked_fill(none, 0.0)
     causal = isinstance(mask, str) and T == N
     if isinstance(mask, str):
         mask = None if causal else causal_lower_right(T, N) if q.is_cuda else torch.ones(T, N, dtype=torch.bool).tril(N - T)
