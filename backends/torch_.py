@@ -287,11 +287,11 @@ def sdpa(q, k, v, mask, scale):
     if T > 1 and v.shape[3] < D:
         # where widths differ, most fused kernels give way to one that keeps all scores
         return sdpa(q, k, F.pad(v, (0, D - v.shape[3])), mask, scale)[..., : v.shape[3]]
-    if is_array(mask) and mask.is_floating_point() and q.device.type != "cpu":
-        # a GPU's kernels make no numbers of a row of -inf
-        none = mask.amax(-1, keepdim=True) == -torch.inf
-        y = F.scaled_dot_product_attention(q, k, v, mask.masked_fill(none, 0.0), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        return y.masked_fill(none, 0.0)
+    if is_array(mask) and q.device.type != "cpu":
+        # of a row in which nothing may be seen a GPU's kernels make no numbers
+        none = ~mask.any(-1, keepdim=True) if mask.dtype == bool_ else mask.amax(-1, keepdim=True) == -torch.inf
+        mask = mask | none if mask.dtype == bool_ else mask.masked_fill(none, 0.0)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).masked_fill(none, 0.0)
     causal = isinstance(mask, str) and T == N
     if isinstance(mask, str):
         mask = None if causal else causal_lower_right(T, N) if q.is_cuda else torch.ones(T, N, dtype=torch.bool).tril(N - T)
@@ -456,7 +456,8 @@ class AdamW:
         for group in self.inner.param_groups:
             group["lr"] = lr
         for name, g in grads.items():
-            self.named[name].grad = g
+            # the fused step wants the layout of the parameters
+            self.named[name].grad = g.contiguous()
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
 
