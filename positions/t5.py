@@ -3,7 +3,8 @@ is added to the logits.
 
 Half of the buckets are a distance each, the others grow logarithmically up to `distance`; beyond it all is one bucket (causal buckets,
 as in T5's decoder). One table serves all layers, as in T5, or each layer has its own. T5 does not divide its logits by sqrt(D); here
-they are divided, as everywhere in a Llama.
+they are divided, as everywhere in a Llama. AdamW moves every weight by about the learning rate a step, and a bias must reach several
+units (T5's Adafactor took larger steps): so what is added is `gain` times the weight.
 """
 
 import numpy as np
@@ -16,6 +17,7 @@ from positions.base import Position as Base
 class Options:
     buckets: int = 32
     distance: int = 128  # tokens from which all distances are alike
+    gain: float = 10.0
     layers: str = "shared"  # shared: one table for all layers; own: one for each
 
 
@@ -47,5 +49,5 @@ class Position(Base):
         self.of = tuple(of[: 1 + int(np.argmax(of == of[-1]))].tolist())
 
     def bias(self):
-        by_bucket = ops.cast(ops.swap(self.relative_attention_bias.weight, 0, 1), ops.float32)
+        by_bucket = ops.cast(ops.swap(self.relative_attention_bias.weight, 0, 1), ops.float32) * self.o.gain
         return Bias(table=ops.entries(by_bucket, ops.constant(self.of), 1))
