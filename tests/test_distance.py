@@ -272,6 +272,24 @@ def test_static_steps_equal_plain_ones(pos, memory):
     assert apart(np.concatenate(got, 1), want) < 1e-4
 
 
+WITHOUT_ROTATION = ["alibi", "t5:buckets=6,distance=9", "xl", "none"]
+MEMORIES = ["full", "window:budget=10", "sinks:budget=10,sinks=2", "sinks:budget=10,sinks=2,kv_positions=absolute"]
+
+
+@pytest.mark.parametrize("pos", [*WITHOUT_ROTATION, "rope:partial=0.5", "yarn:original=16"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_pieces_equal_the_segment(pos, memory):
+    """At a budget that binds: token by token, in odd pieces, and as whole segments; and of two documents in a row, each as if alone."""
+    model, tokens = tiny(pos=pos, memory=memory, attn="longformer:window=7,n_global=2"), text(24, 2)
+    want = run(model, tokens, whole(24))
+    for pieces in ([[1] * 8] * 3, [[3, 5], [7, 1], [1, 2, 5]]):
+        assert apart(run(model, tokens, pieces, room=24), want) < 1e-4
+    begin = np.repeat([[0] * 11 + [11] * 13], 2, 0).astype("int32")
+    packed = run(model, tokens, whole(24), begin)
+    assert apart(packed[:, :11], want[:, :11]) < 1e-4
+    assert apart(packed[:, 11:], run(model, tokens[:, 11:], [[5], [8]])) < 1e-4
+
+
 @pytest.mark.skipif(ops.BACKEND != "torch", reason="torch's compiler")
 @pytest.mark.parametrize("pos", ["rope", "dynamic:original=16", "alibi", "t5:buckets=6,distance=9", "xl"])
 def test_a_step_is_one_graph(pos):
