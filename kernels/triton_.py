@@ -94,9 +94,9 @@ def biased(s, q, k, near, least, each, TABLE, REACH: tl.constexpr, EXPLICIT: tl.
             if tl.min(q) - tl.max(k) < REACH - 1:
                 s += tl.load(TABLE + tl.minimum(tl.maximum(q - k, 0), REACH - 1))
         else:
-            # a block that is listed only so that its list is not empty may lie anywhere
-            if (least < REACH - 1) & (least > -BESIDE):
-                s += tl.load(TABLE + (q - k))
+            # A block that is listed only so that its list is not empty may lie anywhere. A mask instead of a branch: Triton 3.6 cannot
+            # lower some branches that float32 scores pass through.
+            s += tl.load(TABLE + (q - k), mask=(least < REACH - 1) & (least > -BESIDE), other=0.0)
         return s
     else:
         return s
@@ -594,9 +594,9 @@ class Call(NamedTuple):
 
 
 def keys_for(mean, call):
-    """Keys in a block of the Hopper forward pass. Long lists are worth larger blocks, though more of their scores are masked; with a bias
-    these would not fit into the registers."""
-    return 128 if call.slope is None and call.table is None and mean > 32 else 64
+    """Keys in a block of the Hopper forward pass. Long lists are worth larger blocks, though more of their scores are masked; with a table
+    and positions in memory these would not fit into the registers."""
+    return 128 if mean > 32 and (call.table is None or call.where.q_at is None) else 64
 
 
 @functools.cache
@@ -615,7 +615,8 @@ def run_forward(q, k, v, call):
     rule = rule_of(call.rule)
     arrays, first = call.arrays(q, k, lse), (call.where.q_first, call.where.k_first)
     hopper = hopper_for(q)
-    if hopper and D == 128:
+    # at width 64 the plain kernel is faster (measured on an H100) but where it has to wait for positions or a table's entries
+    if hopper and (D == 128 or call.where.q_at is not None or call.table is not None):
         work = lists("query in order", q, k, call, (128, 64))
         keys = keys_for(work.mean, call)
         work = work if keys == 64 else lists("query in order", q, k, call, (128, 128))
