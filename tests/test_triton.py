@@ -91,7 +91,7 @@ def agree(dtype, arrays, q_at, k_at, rule, begin=None, always=0, opening=0, bias
     pairs = [(got, want), (torch.where(some, found, 0), torch.where(some, sums, 0))]
     pairs += zip(*(torch.autograd.grad(total(*x), trained) for x in ((got, found), (want, sums))))
     for what, (a, b) in zip(("out", "lse", "dq", "dk", "dv", "dtable"), pairs):
-        off = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-9))
+        off = float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp(min=1e-9))
         assert off < EPS[dtype], f"{what} is off by {off:.1e}"
 
 
