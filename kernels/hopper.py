@@ -548,7 +548,8 @@ def _scores(s, e, i, qp, kp, qb, ramp, near, each, TABLE, h, n_keys, q_first, k_
     EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr, OPENING: gl.constexpr, REACH: gl.constexpr,
     BK: gl.constexpr, W: gl.constexpr, TABLED: gl.constexpr, s_l: gl.constexpr):
     """Masked raw products, with the bias if there is one, and what all scores of the tile still lack (in the same unit); qp, qb of the
-    queries and kp from _ask(); ramp: the bias of a slope along a tile; TABLED: has this tile a table's entries: 0 no, 1 yes, 2 to be found out."""
+    queries and kp from _ask(); ramp: the bias of a slope along a tile; TABLED: does a table reach the tile:
+    0 no, 1 yes, 2 to be found out."""
     j = (e & 0x1ffffff) * BK
     lack = 0.0
     if BIAS == "slope":
@@ -608,6 +609,8 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
     zs = gl.zeros([64, BK], gl.float32, s_l)
     my_q = q_s.index(W)
     LACK: gl.constexpr = BIAS == "slope" and not EXPLICIT
+    # positions are asked for a tile ahead where registers can hold them
+    AHEAD: gl.constexpr = EXPLICIT and BIAS == "none" and BK * D <= 64 * 128
     TABLE_TWICE: gl.constexpr = BIAS == "table" and not EXPLICIT
     for u in range(gl.load(FIRST + gl.program_id(0)), gl.load(FIRST + gl.program_id(0) + 1)):
         i = gl.load(META + u * 8)
@@ -642,7 +645,9 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
         mbarrier.wait(k_full.index(stage), phase)
         s = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zs, use_acc=False, is_async=True)
         e1 = gl.load(LIST + gl.minimum(lo + 1, hi - 1)) if EXPLICIT else e
+        e2 = gl.load(LIST + gl.minimum(lo + 2, hi - 1)) if AHEAD else e
         kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
+        kp1 = _ask(e1, (e1 & 0x1ffffff) * BK, mine, n_keys, k_first, AHEAD, BIAS, BK, s_l)
         s = warpgroup_mma_wait(0, deps=(s,))
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(stage))
@@ -655,7 +660,8 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
             for t in range(cut if NEAR == 1 else lo + 1, cut if TABLE_TWICE and NEAR == 0 else hi):
                 if EXPLICIT:
                     e = e1  # known early, for positions are asked for early
-                    e1 = gl.load(LIST + gl.minimum(t + 1, hi - 1))
+                    e1 = e2 if AHEAD else gl.load(LIST + gl.minimum(t + 1, hi - 1))
+                    e2 = gl.load(LIST + gl.minimum(t + 2, hi - 1)) if AHEAD else e
                 else:
                     e = gl.load(LIST + t)
                 nstage = stage + 1
@@ -667,7 +673,11 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
                 s = warpgroup_mma(q, k_s.index(nstage).permute((1, 0)), zs, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(stage), phase)
                 acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
-                kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
+                if AHEAD:
+                    kp = kp1
+                    kp1 = _ask(e1, (e1 & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
+                else:
+                    kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
                 s = warpgroup_mma_wait(1, deps=(s,))
                 s, lack = _scores(s, e, i, qp, kp, qb, ramp, near, each, MINE, h, n_keys, q_first, k_first, layer, RULE, BIAS, EXPLICIT,
                     DOCS, BEHIND, ALWAYS, OPENING, REACH, BK, W, NEAR, s_l)

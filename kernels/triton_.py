@@ -606,8 +606,8 @@ def keys_for(mean, call):
 
 
 def gains(D, call):
-    """Is the Hopper forward pass the faster one? At width 64 the plain kernel is, but where it has to wait for positions or a table's entries
-    (measured on an H100)."""
+    """Is the Hopper forward pass the faster one? At width 64 the plain kernel is, but where it has to wait for positions or a table's
+    entries (measured on an H100)."""
     return D == 128 or call.where.q_at is not None or call.table is not None
 
 
