@@ -86,16 +86,15 @@ def biased(s, q, k, near, least, each, TABLE, REACH: tl.constexpr, EXPLICIT: tl.
 
     slope: each * (k - near), near a position of the block of queries: exact for keys that are not far. table: what distant keys have is
     subtracted from all of it (Call.bias), so it is read only where a distance, the least of the block being `least`, is below REACH - 1.
+    By masks: Triton 3.6 cannot lower some branches that float32 scores pass through.
     """
     if BIAS == "slope":
         return s + each * (k - near).to(tl.float32)
     elif BIAS == "table":
         if EXPLICIT:
-            if tl.min(q) - tl.max(k) < REACH - 1:
-                s += tl.load(TABLE + tl.minimum(tl.maximum(q - k, 0), REACH - 1))
+            s += tl.load(TABLE + tl.maximum(q - k, 0), mask=q - k < REACH - 1, other=0.0)
         else:
-            # A block that is listed only so that its list is not empty may lie anywhere. A mask instead of a branch: Triton 3.6 cannot
-            # lower some branches that float32 scores pass through.
+            # a block that is listed only so that its list is not empty may lie anywhere
             s += tl.load(TABLE + (q - k), mask=(least < REACH - 1) & (least > -BESIDE), other=0.0)
         return s
     else:
