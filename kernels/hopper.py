@@ -40,6 +40,11 @@ def tma_reduce_add(desc, coord, src, _semantic=None):
 def _min(a, b):
     return min(a, b)
 
+@gluon.constexpr_function
+def _room(n):
+    """The least power of two from n on, at least a warp's 32."""
+    return max(32, 1 << (n - 1).bit_length())
+
 @gluon.jit
 def _opaque(x):
     """x, by an instruction that the compiler neither hoists nor merges: what depends on it is computed where it is used instead of
@@ -541,9 +546,10 @@ def _float(x):
 @gluon.jit
 def _scores(s, e, i, qp, kp, qb, ramp, near, each, TABLE, h, n_keys, q_first, k_first, layer, RULE: gl.constexpr, BIAS: gl.constexpr,
     EXPLICIT: gl.constexpr, DOCS: gl.constexpr, BEHIND: gl.constexpr, ALWAYS: gl.constexpr, OPENING: gl.constexpr, REACH: gl.constexpr,
-    BK: gl.constexpr, W: gl.constexpr, s_l: gl.constexpr):
+    BK: gl.constexpr, W: gl.constexpr, TABLED: gl.constexpr, s_l: gl.constexpr):
     """Masked raw products, with the bias if there is one, and what all scores of the tile still lack (in the same unit); qp, qb of the
-    queries and kp from _ask(); ramp: the bias of a slope along a tile."""
+    queries and kp from _ask(); ramp: the bias of a slope along a tile; TABLED: does a table reach the tile:
+    0 no, 1 yes, 2 to be found out."""
     j = (e & 0x1ffffff) * BK
     lack = 0.0
     if BIAS == "slope":
@@ -555,9 +561,9 @@ def _scores(s, e, i, qp, kp, qb, ramp, near, each, TABLE, h, n_keys, q_first, k_
     elif BIAS == "table":
         if EXPLICIT:
             s = _tabled(s, qp, kp, TABLE, REACH, EXPLICIT, 0)
-        else:
+        elif TABLED > 0:
             apart = q_first + i * 128 + W * 64 - k_first - j
-            if _near(apart - BK + 1, REACH):
+            if TABLED == 1 or _near(apart - BK + 1, REACH):
                 s = _tabled(s, gl.arange(0, 64, gl.SliceLayout(1, s_l)), gl.arange(0, BK, gl.SliceLayout(0, s_l)), TABLE - _opaque(apart),
                     REACH, EXPLICIT, 0)
     if e < 0:
@@ -567,6 +573,14 @@ def _scores(s, e, i, qp, kp, qb, ramp, near, each, TABLE, h, n_keys, q_first, k_
             kp = k_first + ki
         s = gl.where(_sees(qp, kp, qb, ki, h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING, 0), s, -1e30)
     return s, lack
+
+@gluon.jit
+def _cut(LIST, lo, hi, start, REACH: gl.constexpr, BK: gl.constexpr, COUNT: gl.constexpr):
+    """Where the tiles begin that a table reaches, for queries from `start` on (counted from the first key): tiles are in the order of the
+    text, so these are the last ones, fewer than COUNT. Every warp looks for itself."""
+    t = hi - COUNT + gl.arange(0, COUNT, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    j = (gl.load(LIST + t, mask=t >= lo, other=0) & 0x1ffffff) * BK
+    return hi - gl.sum(gl.where((t >= lo) & _near(start - j - BK + 1, REACH), 1, 0), 0)
 
 @gluon.jit
 def _step(s, lack, m, l, scale, LACK: gl.constexpr):
@@ -595,6 +609,9 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
     zs = gl.zeros([64, BK], gl.float32, s_l)
     my_q = q_s.index(W)
     LACK: gl.constexpr = BIAS == "slope" and not EXPLICIT
+    # positions are asked for a tile ahead where registers can hold them
+    AHEAD: gl.constexpr = EXPLICIT and BIAS == "none" and BK * D <= 64 * 128
+    TABLE_TWICE: gl.constexpr = BIAS == "table" and not EXPLICIT
     for u in range(gl.load(FIRST + gl.program_id(0)), gl.load(FIRST + gl.program_id(0) + 1)):
         i = gl.load(META + u * 8)
         lo = gl.load(META + u * 8 + 1)
@@ -616,6 +633,9 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
         l = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_l))
         acc = gl.zeros([64, D], gl.float32, o_l)
         e = gl.load(LIST + lo)
+        cut = lo + 1
+        if TABLE_TWICE:
+            cut = gl.maximum(_cut(LIST, lo, hi, q_first + i * 128 + W * 64 - k_first, REACH, BK, _room((REACH + 128) // BK + 3)), cut)
         mbarrier.wait(q_full, qphase)
         qphase ^= 1
         if QREG:
@@ -625,42 +645,51 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
         mbarrier.wait(k_full.index(stage), phase)
         s = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zs, use_acc=False, is_async=True)
         e1 = gl.load(LIST + gl.minimum(lo + 1, hi - 1)) if EXPLICIT else e
+        e2 = gl.load(LIST + gl.minimum(lo + 2, hi - 1)) if AHEAD else e
         kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
+        kp1 = _ask(e1, (e1 & 0x1ffffff) * BK, mine, n_keys, k_first, AHEAD, BIAS, BK, s_l)
         s = warpgroup_mma_wait(0, deps=(s,))
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(stage))
         s, lack = _scores(s, e, i, qp, kp, qb, ramp, near, each, MINE, h, n_keys, q_first, k_first, layer, RULE, BIAS, EXPLICIT, DOCS,
-            BEHIND, ALWAYS, OPENING, REACH, BK, W, s_l)
+            BEHIND, ALWAYS, OPENING, REACH, BK, W, 2, s_l)
         p, m, l, a = _step(s, lack, m, l, scale, LACK)
         p = gl.convert_layout(p.to(ty), gl.DotOperandLayout(0, o_l, 2))
-        for t in range(lo + 1, hi):
-            if EXPLICIT:
-                e = e1  # known early, for positions are asked for early
-                e1 = gl.load(LIST + gl.minimum(t + 1, hi - 1))
-            else:
-                e = gl.load(LIST + t)
-            nstage = stage + 1
-            nphase = phase
-            if nstage == ST:
-                nstage = 0
-                nphase ^= 1
-            mbarrier.wait(k_full.index(nstage), nphase)
-            s = warpgroup_mma(q, k_s.index(nstage).permute((1, 0)), zs, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(stage), phase)
-            acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
-            kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            s, lack = _scores(s, e, i, qp, kp, qb, ramp, near, each, MINE, h, n_keys, q_first, k_first, layer, RULE, BIAS, EXPLICIT, DOCS,
-                BEHIND, ALWAYS, OPENING, REACH, BK, W, s_l)
-            pf, m, l, a = _step(s, lack, m, l, scale, LACK)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            gl.thread_barrier()
-            mbarrier.arrive(k_empty.index(nstage))
-            mbarrier.arrive(v_empty.index(stage))
-            acc = acc * gl.convert_layout(a, gl.SliceLayout(1, o_l))[:, None]
-            p = gl.convert_layout(pf.to(ty), gl.DotOperandLayout(0, o_l, 2))
-            stage = nstage
-            phase = nphase
+        # with a table two loops, the far tiles and the near ones: a branch in one would cost more registers, and so time, in all tiles
+        for NEAR in gl.static_range(2 if TABLE_TWICE else 1):
+            for t in range(cut if NEAR == 1 else lo + 1, cut if TABLE_TWICE and NEAR == 0 else hi):
+                if EXPLICIT:
+                    e = e1  # known early, for positions are asked for early
+                    e1 = e2 if AHEAD else gl.load(LIST + gl.minimum(t + 1, hi - 1))
+                    e2 = gl.load(LIST + gl.minimum(t + 2, hi - 1)) if AHEAD else e
+                else:
+                    e = gl.load(LIST + t)
+                nstage = stage + 1
+                nphase = phase
+                if nstage == ST:
+                    nstage = 0
+                    nphase ^= 1
+                mbarrier.wait(k_full.index(nstage), nphase)
+                s = warpgroup_mma(q, k_s.index(nstage).permute((1, 0)), zs, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(stage), phase)
+                acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
+                if AHEAD:
+                    kp = kp1
+                    kp1 = _ask(e1, (e1 & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
+                else:
+                    kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
+                s = warpgroup_mma_wait(1, deps=(s,))
+                s, lack = _scores(s, e, i, qp, kp, qb, ramp, near, each, MINE, h, n_keys, q_first, k_first, layer, RULE, BIAS, EXPLICIT,
+                    DOCS, BEHIND, ALWAYS, OPENING, REACH, BK, W, NEAR, s_l)
+                pf, m, l, a = _step(s, lack, m, l, scale, LACK)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                gl.thread_barrier()
+                mbarrier.arrive(k_empty.index(nstage))
+                mbarrier.arrive(v_empty.index(stage))
+                acc = acc * gl.convert_layout(a, gl.SliceLayout(1, o_l))[:, None]
+                p = gl.convert_layout(pf.to(ty), gl.DotOperandLayout(0, o_l, 2))
+                stage = nstage
+                phase = nphase
         mbarrier.wait(v_full.index(stage), phase)
         acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
         # a row that sees no key gives 0, and lse = +big makes its weights 0 again in the backward pass
@@ -741,7 +770,9 @@ def run_forward(q, k, v, out, lse, work, arrays, first, layer, scale, options, k
     meta, start, entries = work
     forward[(len(start) - 1,)](
         described(q, 64), described(k, keys), described(v, keys), described(out, 64), lse, meta, start, entries, *arrays,
-        n, n_keys, *first, layer, scale * LOG2E, H=H, G=H // K, D=D, BK=keys, ST=(4 if keys == 64 else 2), QREG=True, num_warps=4,
+        n, n_keys, *first, layer, scale * LOG2E, H=H, G=H // K, D=D, BK=keys, ST=(4 if keys == 64 else 2), num_warps=4,
+        # a bias along 128 keys takes the registers of the queries (measured for slopes: faster than with blocks of 64)
+        QREG=keys == 64 or options["BIAS"] == "none",
         **options,
     )  # fmt: skip
 

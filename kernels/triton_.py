@@ -86,17 +86,16 @@ def biased(s, q, k, near, least, each, TABLE, REACH: tl.constexpr, EXPLICIT: tl.
 
     slope: each * (k - near), near a position of the block of queries: exact for keys that are not far. table: what distant keys have is
     subtracted from all of it (Call.bias), so it is read only where a distance, the least of the block being `least`, is below REACH - 1.
+    By masks: Triton 3.6 cannot lower some branches that float32 scores pass through.
     """
     if BIAS == "slope":
         return s + each * (k - near).to(tl.float32)
     elif BIAS == "table":
         if EXPLICIT:
-            if tl.min(q) - tl.max(k) < REACH - 1:
-                s += tl.load(TABLE + tl.minimum(tl.maximum(q - k, 0), REACH - 1))
+            s += tl.load(TABLE + tl.maximum(q - k, 0), mask=q - k < REACH - 1, other=0.0)
         else:
             # a block that is listed only so that its list is not empty may lie anywhere
-            if (least < REACH - 1) & (least > -BESIDE):
-                s += tl.load(TABLE + (q - k))
+            s += tl.load(TABLE + (q - k), mask=(least < REACH - 1) & (least > -BESIDE), other=0.0)
         return s
     else:
         return s
@@ -313,10 +312,10 @@ def dtable_kernel(
     Z, wide, n, n_keys, q_first, k_first, layer, scale, m,
     H: tl.constexpr, G: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, REACH: tl.constexpr, K_HEADS: tl.constexpr,
     RULE: tl.constexpr, EXPLICIT: tl.constexpr, DOCS: tl.constexpr, BEHIND: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, WITH_LSE: tl.constexpr, SPAN: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, WITH_LSE: tl.constexpr,
 ):  # fmt: skip
-    """The sums of dS over one block of queries by distance, SPAN distances from the second axis' SPAN-th on, into TO [Z, m, distances]:
-    keys and queries that are consecutive make diagonals. Positions that are scattered: every dS is added to TO [H, REACH - 1]."""
+    """The sums of dS over one block of queries by distance, added to TO [Z, m, REACH - 1], which only this program does: keys and
+    queries that are consecutive make diagonals. Positions that are scattered: every dS is added to TO [H, REACH - 1]."""
     z, i, lo, hi, _ = my_work(WHO, ITEM, LO, HI, Z, wide)
     if i < 0:
         return
@@ -333,35 +332,36 @@ def dtable_kernel(
     if WITH_LSE:
         delta -= tl.load(DLSE + at, mask=r < n, other=0)[:, None] * 1.4426950408889634
     lse = tl.load(LSE + at, mask=r < n, other=1e30)[:, None] - own(qp, 0, each, scale, BIAS)
-    first = tl.program_id(1) * SPAN
-    distance = first + tl.arange(0, SPAN)[None, :]
-    total = tl.zeros([BQ, SPAN], tl.float32)
+    TO += (h if EXPLICIT else z.to(tl.int64) * m + i) * (REACH - 1)
+    row = tl.arange(0, BQ)[:, None]
+    residue = tl.arange(0, BK)
     for t in tl.range(lo, hi):
+        # all blocks that are listed have distances below REACH - 1; a condition would keep their copies from overlapping
         e = tl.load(LIST + t)
         j = (e & PARTIAL) * BK
-        least = q_first + i * BQ - k_first - j - BK + 1
-        # all blocks that are listed have distances below REACH - 1; a condition would keep their copies from overlapping
-        if EXPLICIT or REACH - 1 <= SPAN or ((least < first + SPAN) & (least + BQ + BK - 2 >= first)):
-            ki = j + tl.arange(0, BK)
-            kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
-            s = tl.dot(q, K.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
-            s = biased(s, qp, kp, 0, least, each, TABLE, REACH, EXPLICIT, BIAS)
-            if e < 0:
-                s = tl.where(
-                    seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED
-                )
-            dp = tl.dot(do, V.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
-            ds = tl.math.exp2(s * scale - lse) * (dp - delta)
-            if EXPLICIT:
-                far = tl.maximum(qp - kp, 0)
-                tl.atomic_add(TO + h * (REACH - 1) + far, ds, mask=(far < REACH - 1) & (ds != 0.0), sem="relaxed")
-            else:
-                # for each row and distance the column of its key
-                c = qp - distance - k_first - j
-                total += tl.where((c >= 0) & (c < BK), tl.gather(ds, tl.minimum(tl.maximum(c, 0), BK - 1), 1), 0.0)
-    if not EXPLICIT:
-        to = TO + (z.to(tl.int64) * m + i) * tl.num_programs(1) * SPAN + first
-        tl.store(to + tl.arange(0, SPAN), tl.sum(total, 0))
+        apart = q_first + i * BQ - k_first - j
+        ki = j + tl.arange(0, BK)
+        kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
+        s = tl.dot(q, K.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
+        s = biased(s, qp, kp, 0, apart - BK + 1, each, TABLE, REACH, EXPLICIT, BIAS)
+        if e < 0:
+            s = tl.where(
+                seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED
+            )
+        dp = tl.dot(do, V.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
+        ds = tl.math.exp2(s * scale - lse) * (dp - delta)
+        if EXPLICIT:
+            far = tl.maximum(qp - kp, 0)
+            tl.atomic_add(TO + far, ds, mask=(far < REACH - 1) & (ds != 0.0), sem="relaxed")
+        else:
+            # rows rotated so that a column holds the distances of one residue, then summed for each multiple of BK
+            column = (row - residue[None, :]) & (BK - 1)
+            turned = tl.gather(ds, column, 1)
+            for w in tl.static_range(-1, BQ // BK):
+                far = apart + w * BK + residue
+                total = tl.sum(tl.where(row - residue[None, :] - column == w * BK, turned, 0.0), 0)
+                # one thread adds to a number, tile by tile: in a fixed order
+                tl.atomic_add(TO + far, total, mask=(far >= 0) & (far < REACH - 1), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["m", "wide"])
@@ -404,6 +404,11 @@ def shapes(D, dtype):
     if D > 128:
         return Shape(64, 64, 8, 2), Shape(64, 32, 8, 2), Shape(32, 64, 8, 2)
     return (Shape(64, 64, 4, 2),) * 3
+
+
+def table_shape(D, dtype):
+    """The blocks of the table's gradient."""
+    return shapes(D, dtype)[1]._replace(stages=2)
 
 
 def can(q, k):
@@ -594,9 +599,15 @@ class Call(NamedTuple):
 
 
 def keys_for(mean, call):
-    """Keys in a block of the Hopper forward pass. Long lists are worth larger blocks, though more of their scores are masked; with a bias
-    these would not fit into the registers."""
-    return 128 if call.slope is None and call.table is None and mean > 32 else 64
+    """Keys in a block of the Hopper forward pass. Long lists are worth larger blocks, though more of their scores are masked; with a table
+    and positions in memory these would not fit into the registers."""
+    return 128 if mean > 32 and (call.table is None or call.where.q_at is None) else 64
+
+
+def gains(D, call):
+    """Is the Hopper forward pass the faster one? At width 64 the plain kernel is, but where it has to wait for positions or a table's
+    entries (measured on an H100)."""
+    return D == 128 or call.where.q_at is not None or call.table is not None
 
 
 @functools.cache
@@ -615,7 +626,7 @@ def run_forward(q, k, v, call):
     rule = rule_of(call.rule)
     arrays, first = call.arrays(q, k, lse), (call.where.q_first, call.where.k_first)
     hopper = hopper_for(q)
-    if hopper and D == 128:
+    if hopper and gains(D, call):
         work = lists("query in order", q, k, call, (128, 64))
         keys = keys_for(work.mean, call)
         work = work if keys == 64 else lists("query in order", q, k, call, (128, 128))
@@ -686,21 +697,19 @@ def table_gradient(q, k, v, out, lse, do, dlse, call, arrays):
     (B, H, n, D), R = q.shape, call.reach()
     near = lse.new_zeros(H, R - 1)
     if R > 1:
-        shape = shapes(D, q.dtype)[1]._replace(stages=2)
+        shape = table_shape(D, q.dtype)
         who, item, lo, hi, _, entries = lists("near", q, k, call, shape[:2]).arrays
         wide, m = item.shape[1], triton.cdiv(n, shape.queries)
         scattered = call.where.q_at is not None
-        span = min(128, width_for(R - 1))
-        count = 1 if scattered else triton.cdiv(R - 1, span)
-        to = near if scattered else lse.new_empty(B, H, m, count * span)
+        to = near if scattered else lse.new_zeros(B, H, m, R - 1)
         tile = lambda x, rows: described(ready(x), rows)
-        dtable_kernel[(B * H * wide, count)](
+        dtable_kernel[(B * H * wide,)](
             tile(q, shape.queries), tile(k, shape.keys), tile(v, shape.keys), tile(out, shape.queries), tile(do, shape.queries),
             lse, lse if dlse is None else dlse, to, *arrays, who, item, lo, hi, entries, B * H, wide, n, k.shape[2],
             call.where.q_first, call.where.k_first, layer_of(rule_of(call.rule)), call.scale * LOG2E, m,
-            **call.options(q, k), **call.sizes(q, k, shape), WITH_LSE=dlse is not None, SPAN=span,
+            **call.options(q, k), **call.sizes(q, k, shape), WITH_LSE=dlse is not None,
         )  # fmt: skip
-        near = near if scattered else to.sum((0, 2))[:, : R - 1]
+        near = near if scattered else to.sum((0, 2))
     all_of_it = near.new_zeros(H) if dlse is None else torch.where(lse > 1e29, 0, dlse).sum((0, 2)) * LOG2E
     return torch.cat([near, (all_of_it - near.sum(1))[:, None]], 1).to(call.table.dtype)
 

@@ -91,7 +91,7 @@ def agree(dtype, arrays, q_at, k_at, rule, begin=None, always=0, opening=0, bias
     pairs = [(got, want), (torch.where(some, found, 0), torch.where(some, sums, 0))]
     pairs += zip(*(torch.autograd.grad(total(*x), trained) for x in ((got, found), (want, sums))))
     for what, (a, b) in zip(("out", "lse", "dq", "dk", "dv", "dtable"), pairs):
-        off = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-9))
+        off = float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp(min=1e-9))
         assert off < EPS[dtype], f"{what} is off by {off:.1e}"
 
 
@@ -168,7 +168,7 @@ def test_biases(kind, explicit, dtype, D):
 @every_kind
 @pytest.mark.parametrize("reach", [1, 2, 18, 129, 300])
 def test_tables_of_every_length(reach, dtype, D):
-    """Shorter than a block, longer than what one program adds up, longer than the text; blocks that do not begin at the same positions."""
+    """Shorter than a block, longer than one, longer than the text; blocks that do not begin at the same positions."""
     H, T, N = 4, 150, 211
     bias = Bias(None, torch.randn(H, reach, device=ops.device(), requires_grad=True))
     begin = torch.from_numpy(np.where(np.arange(T) < 71, 0, 71 + 9).astype("int32"))[None, None].to(ops.device())
@@ -192,6 +192,24 @@ def test_biases_of_far_positions(kind, dtype, D):
     q_at[:, 70:] = -1
     begin = torch.from_numpy(np.where(q_at < first + 170, 3, first + 170).astype("int32"))[:, None].to(ops.device())
     agree(dtype, inputs(2, H, 2, T, N, D, dtype), places(q_at), places(k_at), rule, begin, always=3, bias=bias)
+
+
+@every_kind
+@pytest.mark.parametrize("keys", [64, 128])
+@pytest.mark.parametrize("kind", ["slope", "table", "explicit"])
+def test_long_lists(kind, keys, monkeypatch, dtype, D):
+    """Far blocks, then near ones; blocks of keys as long as lists of many are worth."""
+    monkeypatch.setattr(triton_, "keys_for", lambda mean, call: keys)
+    monkeypatch.setattr(triton_, "gains", lambda D, call: True)
+    triton_.recent.clear()
+    H, T, N = 2, 300, 700
+    table = torch.randn(H, 40, device=ops.device(), requires_grad=True)
+    bias = {"slope": Bias(torch.rand(H, device=ops.device()) / 4), "table": Bias(None, table), "explicit": None}[kind]
+    at = places(np.arange(N - T, N)) if kind == "explicit" else row(T, N - T)
+    k_at = places(np.arange(N)) if kind == "explicit" else row(N)
+    for rule in ("full", "window:window=250"):
+        agree(dtype, inputs(1, H, 1, T, N, D, dtype), at, k_at, placed(rule, H, 1), bias=bias)
+    triton_.recent.clear()
 
 
 @every_kind
