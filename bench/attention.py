@@ -1,6 +1,7 @@
 """Attention on one CUDA device beside its peers, in one run: forced cuDNN and FlashAttention-2 (plain causal), compiled FlexAttention.
 
 python bench/attention.py                     # all cases; --only targets, --seconds 300
+python bench/attention.py --costs             # what positions as data and biases cost
 python bench/attention.py --table RESULT.json # the table and the plot again
 
 Medians over replays of a graph of calls, so the device's time alone; bfloat16, random inputs. TFLOP/s count the pairs that the
@@ -48,13 +49,15 @@ CASES = {
     ],
     "rest": [("full", 32, 32, 8, 128), ("full", 32, 9, 3, 64), ("full", 8, 9, 3, 64), (L4, 512, 16, 16, 128)],
 }
+COSTS = [(L1, 16, 16, 128), (L1, 32, 8, 128), (L1, 9, 3, 64), (L4, 16, 16, 128)]
 FLEX_UP_TO = 128 << 10  # tokens: the mask is found by looking at every pair
 
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", choices=CASES, nargs="+", help="these cases")
-    p.add_argument("--extra", action="store_true", help="explicit positions, biases, and a million tokens in one call, too")
+    p.add_argument("--extra", action="store_true", help="a million tokens in one call, too")
+    p.add_argument("--costs", type=int, nargs="*", metavar="I", help="what positions as data and biases cost, in all cases or in these")
     p.add_argument("--seconds", type=float, default=1e9, help="begin no further case after that many")
     p.add_argument("--rep", type=int, default=100, help="milliseconds of repeated calls for each median (default 100)")
     p.add_argument("--scale", type=int, default=1024, help="tokens in a K; smaller to try the script (default 1024)")
@@ -282,17 +285,18 @@ def attempt(f):
         return {"failed": f"{type(no).__name__}: {str(no).splitlines()[-1][:150] if str(no) else ''}"}
 
 
-def costs(rule, args):
-    """What explicit positions and biases cost."""
+def costs(spec, H, K, D, args):
+    """What explicit positions and biases cost: ALiBi's slopes, and T5's table of 114 distances, trained."""
     import torch
 
+    import plugins
     from kernels import Bias
 
-    n = 32 * args.scale
-    q, k, v, do = inputs(n, 16, 16, 128)
-    flops = 4 * 128 * pairs(rule, n, 16)
-    slope = torch.exp2(-torch.arange(1, 17, device=device()) / 2)
-    table = torch.randn(16, 129, device=device(), requires_grad=True)
+    rule, n = plugins.parse("attention", spec), 32 * args.scale
+    q, k, v, do = inputs(n, H, K, D)
+    flops = 4 * D * pairs(rule, n, H)
+    slope = torch.exp2(-torch.arange(1, H + 1, device=device()) / 2)
+    table = torch.randn(H, 114, device=device(), requires_grad=True)
     ways = {"plain": {}, "explicit": {"explicit": True}, "slope": {"bias": Bias(slope)}, "table": {"bias": Bias(None, table)}}
     out, zero = {}, lambda f: milliseconds(f, args.rep)
     for name, how in ways.items():
@@ -309,7 +313,24 @@ def costs(rule, args):
         out[name] = attempt(both)
         if "forward_ms" in out[name]:
             out[name].update({w: round(flops * (1 if w[0] == "f" else 2.5) / out[name][f"{w}_ms"] / 1e9) for w in ("forward", "backward")})
-    return out
+    return {"pattern": spec, "tokens": n, "heads": f"{H}/{K}", "width": D, **out}
+
+
+def cost_line(row):
+    """A row of the table of costs: over plain, forward / backward."""
+
+    def over(way):
+        if "forward_ms" not in row[way]:
+            return "-"
+        more = (row[way][f"{w}_ms"] / row["plain"][f"{w}_ms"] - 1 for w in ("forward", "backward"))
+        return " / ".join(f"{100 * x:+.0f}%" for x in more)
+
+    plain = row["plain"]
+    cells = [row["pattern"], f"{row['heads']} x {row['width']}", f"{plain['forward']} / {plain['backward']}"]
+    return "| " + " | ".join([*cells, *map(over, ("explicit", "slope", "table"))]) + " |"
+
+
+COST_HEADER = "| pattern | heads x width | plain, TFLOP/s | positions as data | slope | table |\n|---|---|---|---|---|---|"
 
 
 def million(rule, args):
@@ -392,7 +413,12 @@ def plot(rows, path):
 def main():
     args = parser().parse_args()
     if args.table:
-        rows = [row for path in args.table for row in json.loads(Path(path).read_text())["rows"]]
+        results = [json.loads(Path(path).read_text()) for path in args.table]
+        if found := [row for r in results for row in r.get("costs", [])]:
+            print("\n".join([COST_HEADER, *map(cost_line, found)]))
+        rows = [row for r in results for row in r["rows"]]
+        if not rows:
+            return None
         rows = list({(r["pattern"], r["tokens"], r["heads"], r["width"]): r for r in rows}.values())
         print("\n".join([HEADER, *map(line, rows)]))
         return plot(rows, args.plot) if args.plot else None
@@ -403,7 +429,7 @@ def main():
     ops.use(device())
     start, rows, dense = time.time(), [], {}
     result = {"timed": "graphs of calls", "rows": rows}
-    chosen = [c for name in args.only or ([] if args.cases else CASES) for c in CASES[name]]
+    chosen = [c for name in args.only or ([] if args.cases or args.costs is not None else CASES) for c in CASES[name]]
     for spec, n, heads, width in (text.split("@") for text in args.cases or []):
         chosen.append((spec, int(n), *map(int, heads.split("/")), int(width)))
     # a stream that can be captured: work of the backward pass runs where that of the forward pass did
@@ -419,8 +445,15 @@ def run(args, chosen, result, start, dense):
         import plugins
 
         rule = plugins.parse("attention", L1)
-        result["extra"] = {**costs(rule, args), "million": attempt(lambda: million(rule, args))}
+        result["extra"] = {"million": attempt(lambda: million(rule, args))}
         print(json.dumps(result["extra"]), flush=True)
+    if args.costs is not None:
+        print(COST_HEADER)
+        result["costs"] = []
+        for i in args.costs or range(len(COSTS)):
+            result["costs"].append(costs(*COSTS[i], args))
+            print(cost_line(result["costs"][-1]), flush=True)
+            common.save(args.name, result, args.out)
     for spec, n, H, K, D in chosen:
         if time.time() - start > args.seconds:
             result["not_run"] = len(chosen) - len(rows)

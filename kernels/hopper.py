@@ -609,9 +609,8 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
     zs = gl.zeros([64, BK], gl.float32, s_l)
     my_q = q_s.index(W)
     LACK: gl.constexpr = BIAS == "slope" and not EXPLICIT
-    # positions are asked for a tile ahead where registers can hold them
-    AHEAD: gl.constexpr = EXPLICIT and BIAS == "none" and BK * D <= 64 * 128
-    TABLE_TWICE: gl.constexpr = BIAS == "table" and not EXPLICIT
+    # small blocks have registers for a branch (measured)
+    TABLE_TWICE: gl.constexpr = BIAS == "table" and not EXPLICIT and BK == 128
     for u in range(gl.load(FIRST + gl.program_id(0)), gl.load(FIRST + gl.program_id(0) + 1)):
         i = gl.load(META + u * 8)
         lo = gl.load(META + u * 8 + 1)
@@ -645,9 +644,7 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
         mbarrier.wait(k_full.index(stage), phase)
         s = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zs, use_acc=False, is_async=True)
         e1 = gl.load(LIST + gl.minimum(lo + 1, hi - 1)) if EXPLICIT else e
-        e2 = gl.load(LIST + gl.minimum(lo + 2, hi - 1)) if AHEAD else e
         kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
-        kp1 = _ask(e1, (e1 & 0x1ffffff) * BK, mine, n_keys, k_first, AHEAD, BIAS, BK, s_l)
         s = warpgroup_mma_wait(0, deps=(s,))
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(stage))
@@ -655,13 +652,12 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
             BEHIND, ALWAYS, OPENING, REACH, BK, W, 2, s_l)
         p, m, l, a = _step(s, lack, m, l, scale, LACK)
         p = gl.convert_layout(p.to(ty), gl.DotOperandLayout(0, o_l, 2))
-        # with a table two loops, the far tiles and the near ones: a branch in one would cost more registers, and so time, in all tiles
+        # two loops, the far tiles and the near ones: a branch in one would cost more registers, and so time, in all tiles
         for NEAR in gl.static_range(2 if TABLE_TWICE else 1):
             for t in range(cut if NEAR == 1 else lo + 1, cut if TABLE_TWICE and NEAR == 0 else hi):
                 if EXPLICIT:
                     e = e1  # known early, for positions are asked for early
-                    e1 = e2 if AHEAD else gl.load(LIST + gl.minimum(t + 1, hi - 1))
-                    e2 = gl.load(LIST + gl.minimum(t + 2, hi - 1)) if AHEAD else e
+                    e1 = gl.load(LIST + gl.minimum(t + 1, hi - 1))
                 else:
                     e = gl.load(LIST + t)
                 nstage = stage + 1
@@ -673,14 +669,10 @@ def _forward_consumer(o_desc, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, q
                 s = warpgroup_mma(q, k_s.index(nstage).permute((1, 0)), zs, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(stage), phase)
                 acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
-                if AHEAD:
-                    kp = kp1
-                    kp1 = _ask(e1, (e1 & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
-                else:
-                    kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
+                kp = _ask(e, (e & 0x1ffffff) * BK, mine, n_keys, k_first, EXPLICIT, BIAS, BK, s_l)
                 s = warpgroup_mma_wait(1, deps=(s,))
                 s, lack = _scores(s, e, i, qp, kp, qb, ramp, near, each, MINE, h, n_keys, q_first, k_first, layer, RULE, BIAS, EXPLICIT,
-                    DOCS, BEHIND, ALWAYS, OPENING, REACH, BK, W, NEAR, s_l)
+                    DOCS, BEHIND, ALWAYS, OPENING, REACH, BK, W, NEAR if TABLE_TWICE else 2, s_l)
                 pf, m, l, a = _step(s, lack, m, l, scale, LACK)
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 gl.thread_barrier()

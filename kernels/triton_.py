@@ -170,12 +170,14 @@ def forward_kernel(
         j = (e & PARTIAL) * BK
         s = tl.dot(q, K.load([b, h // G, j, 0]).reshape(BK, DP).T, input_precision=PRECISION)
         ki = j + tl.arange(0, BK)
-        kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
-        s = biased(s, qp, kp, near, q_first + i * BQ - k_first - j - BK + 1, each, TABLE, REACH, EXPLICIT, BIAS)
+        if BIAS != "none":
+            kp = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
+            s = biased(s, qp, kp, near, q_first + i * BQ - k_first - j - BK + 1, each, TABLE, REACH, EXPLICIT, BIAS)
         if e < 0:
-            s = tl.where(
-                seen(qp, kp, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING), s, MASKED
-            )
+            # positions are long in coming: without a bias full blocks do not wait for them
+            at_keys = positions(K_AT, k_first, ki, n_keys, EXPLICIT)[None, :]
+            see = seen(qp, at_keys, qb, ki[None, :], h, layer, k_first + n_keys - 1, RULE, EXPLICIT, DOCS, BEHIND, ALWAYS, OPENING)
+            s = tl.where(see, s, MASKED)
         new = tl.maximum(m, tl.max(s, 1) * scale)
         # a row that has seen nothing yet has a maximum far below any score
         safe = tl.where(new > -1e20, new, 0.0)
@@ -605,9 +607,9 @@ def keys_for(mean, call):
 
 
 def gains(D, call):
-    """Is the Hopper forward pass the faster one? At width 64 the plain kernel is, but where it has to wait for positions or a table's
-    entries (measured on an H100)."""
-    return D == 128 or call.where.q_at is not None or call.table is not None
+    """Is the Hopper forward pass the faster one? At width 64 the plain kernel is, but where it has to wait for a table's entries (measured
+    on an H100)."""
+    return D == 128 or call.table is not None
 
 
 @functools.cache
