@@ -147,7 +147,8 @@ def table(r):
 
 
 def picture(r, path):
-    curves = {row["pos"]: (lengths.COLORS[row["scheme"]], "-", row["cells"][-1]["curve"]) for row in r["rows"]}
+    style = lambda row: "--" if ", " in row["pos"] else "-"
+    curves = {row["pos"]: (lengths.COLORS[row["scheme"]], style(row), row["cells"][-1]["curve"]) for row in r["rows"]}
     lengths.plot(curves, r["lengths"][0], path, "loss (bits a byte)", 1 / math.log(2))
 
 
