@@ -162,6 +162,15 @@ def test_what_waits_for_the_backward_pass_is_parked(monkeypatch):
     assert moved == {"to_host": 3 * 2 * 3, "to_device": 3 * 2 * 3}, "3 boundaries, 2 layers, k v and pos"
 
 
+def test_a_saved_state_holds_no_room():
+    """What is kept at a boundary is as large as what is remembered, and nothing later is written into it."""
+    model, b, state = tiny(memory="window:budget=10"), batch(), None
+    for n in (7, 10, 10):
+        with ops.no_grad():
+            _, state, _ = segments.read(model, ops.array(b.tokens[:, :7]), state)
+        assert state["layers"][0]["n"] == state["layers"][0]["k"].shape[2] == n
+
+
 def peak(model, segment, count):
     """Bytes that wait for a backward pass at their most, while a row of `count` segments is trained on."""
     b = data.Batch(*(text(segment * count, seed=s) for s in (0, 1)), np.zeros((1, segment * count), "int32"), [[]])
@@ -283,6 +292,11 @@ def test_a_run_in_segments_learns_and_resumes_to_the_bit(memory, bptt, world, tm
     assert losses[-1] < losses[0] - 0.5
     assert json.loads((out / "trainer.json").read_text())["arguments"]["bptt"] == (bptt or 0)
     assert [p.name for p in rundir.checkpoints(out)] == ["step-000004", "step-000008"]
+    # the validation reads as the training does
+    model, tokenizer = train.llama.load(out / "step-000008", device="cpu")
+    held, valid = data.Corpus.build([world / "held"], tokenizer, tmp_path / "c"), metrics(out, "valid_loss")[-1][2]
+    loss = lambda segment: train.evaluate(model, held, train.SimpleNamespace(micro=2, length=48, valid_rows=2, segment=segment))
+    assert abs(loss(16) - valid) < 1e-5 and abs(loss(None) - valid) > 1e-3
 
 
 BAD = {
