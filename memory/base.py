@@ -38,7 +38,7 @@ class Memory(Module):
     def pack(self, attn, x, seg):
         """What to store of the segment's tokens: field -> [B, K, T, ...]. x [B, T, C] is the layer's normed input."""
         k, v = attn.kv(x)
-        return {"k": k if seg.position.late else seg.keys(k), "v": v}
+        return {"k": k if seg.position.late or self.late else seg.keys(k), "v": v}
 
     def unpack(self, attn, s):
         """k, v [B, K, N, D] of every slot, keys as pack() has them."""
