@@ -1,7 +1,7 @@
 """Training on rows in segments: the state goes from one to the next, and how far its gradient goes back is a choice.
 
     bptt=0     cut at every boundary, as Transformer-XL (Dai et al. 2019, arXiv:1901.02860)
-    bptt=K     through at most K boundaries: every (K + 1)th is cut, as RMT trains (Bulatov et al. 2022, arXiv:2207.06881)
+    bptt=K     through 0 to K boundaries, every (K + 1)th being cut (the depth that RMT, Bulatov et al. 2022, arXiv:2207.06881, varies)
     bptt=all   through all: the exact gradient of the whole row, wherever the memory keeps what the pattern sees
 
 Segments between two cuts are a run, and no two segments' activations exist at once:

@@ -138,6 +138,21 @@ def test_boundaries_are_cut_by_counting():
     assert segments.runs(list("abcde"), "all") == [list("abcde")]
 
 
+def test_bfloat16_loses_as_much_in_segments_as_at_once(monkeypatch):
+    """Activations and states in bfloat16: the gradient is as far from float32's as that of whole rows; what is handed on matters more."""
+    model, b = tiny("window:window=5", memory="window:budget=4"), batch()
+    apart = lambda got, want: np.sqrt(sum(((got[n] - want[n]) ** 2).sum() for n in want) / sum((want[n] ** 2).sum() for n in want))
+    exact = whole(model, b)[1]
+    try:
+        model.dtype = ops.bfloat16
+        floor, ours = apart(whole(model, b)[1], exact), apart(in_segments(model, b, 7)[1], exact)
+        monkeypatch.setattr(segments, "along", lambda handed, state: 0.0)
+        dropped = apart(in_segments(model, b, 7)[1], exact)
+    finally:
+        model.dtype = None
+    assert ours < 1.5 * floor and dropped > 5 * floor, (ours, floor, dropped)
+
+
 @pytest.mark.parametrize("attn, memory", EXACT[2:5], ids=str)
 def test_checkpointing_inside_and_offloading_change_nothing(attn, memory):
     model, b = tiny(attn, memory=memory), batch(True)
