@@ -3,6 +3,7 @@
     python train.py --attn longformer                       # a small chat model on long Python files, nothing else needed
     python train.py --model checkpoints/mine --data books/ --length 32k --batch 8
     python train.py --init config.json --data books/        # random weights of this config; the tokenizer is --model's
+    python train.py --attn window:window=512 --length 64k --segment 2k --memory window:budget=511    # a row in segments
     python train.py --resume out/SmolLM2-135M-Instruct-longformer
 
 Losses are in nats a token: summed over the target tokens of a whole step, divided by their number, however the rows are split.
@@ -22,7 +23,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 from tqdm import tqdm
 
 import cli
@@ -41,11 +41,12 @@ DEFAULTS = {
     "mac": {"length": 4096, "batch": 4, "steps": 100, "warmup": 10, "valid_rows": 8, "checkpoint": True},
     "cuda": {"length": 8192, "batch": 8, "steps": 200, "warmup": 20, "valid_rows": 16, "checkpoint": True},
 }
-COMMON = {"micro": 1, "lr": 1e-4, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "adapter": "full", "keep": 2}
-UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "device", "dtype", "min_lr", "eval_every", "save_every", "out")
+COMMON = {"micro": 1, "lr": 1e-4, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "adapter": "full", "keep": 2, "offload": False}
+UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "device", "dtype", "segment", "bptt", "min_lr")
+UNSET += ("eval_every", "save_every", "out")
 POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep")
 # what a resumed run may change: nothing that moves its losses
-FREE = {"device", "eval_every", "save_every", "keep", "resume"}
+FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload"}
 
 
 # tokenised texts, used again by every run
@@ -62,6 +63,11 @@ def parse(argv=None):
     p.add_argument("--data", nargs="+", metavar="PATH", help="files, folders, globs, .jsonl (default: Python's own library)")
     p.add_argument("--valid", nargs="+", metavar="PATH", help="held-out texts (default: a twentieth of the data's files)")
     p.add_argument("--length", type=cli.whole, help="tokens a row; 4k is 4096")
+    p.add_argument(
+        "--segment", type=cli.whole, help="read a row in pieces of so many tokens, --memory carrying the past from one to the next"
+    )
+    p.add_argument("--bptt", type=depth, metavar="K|all", help="boundaries between segments that gradients pass in a row (default: all)")
+    p.add_argument("--offload", action=argparse.BooleanOptionalAction, help="what is kept at the boundaries waits in the host's memory")
     p.add_argument("--batch", type=cli.whole, help="rows a step")
     p.add_argument("--micro", type=cli.whole, help="rows at a time: less memory, the same result")
     p.add_argument("--steps", type=cli.whole)
@@ -83,11 +89,20 @@ def parse(argv=None):
     return given | {k: [os.path.abspath(path) for path in given[k]] for k in ("data", "valid") if k in given}
 
 
+def depth(text):
+    """argparse type of --bptt: a whole number, or all."""
+    n = text if text == "all" else cli.whole(text)
+    if n != "all" and n < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0: it takes a number of boundaries, or all")
+    return n
+
+
 def use_backend(name):
     """Import what stands on a framework; not at the top of the file, because the backend must be chosen before."""
-    global llama, ops
+    global llama, ops, segments
     ops = cli.use_backend(name)
     import model as llama
+    import segments
 
 
 def settle(given):
@@ -107,6 +122,10 @@ def settle(given):
             raise Refused(f"{flag(k)} {a[k]} is not possible: it must be from 0 to {top:g}")
     if a["batch"] % a["micro"]:
         raise Refused(f"--batch {a['batch']} is no multiple of --micro {a['micro']}: choose a --micro that divides it")
+    if a["segment"] is None and (a["bptt"] is not None or a["offload"]):
+        raise Refused(f"--{'offload' if a['offload'] else 'bptt'} is about the boundaries between segments: give --segment too")
+    if a["segment"] is not None and not 0 < a["segment"] < a["length"]:
+        raise Refused(f"--segment {a['segment']} is not possible: it must be above 0 and below --length {a['length']}")
     if a["dtype"] == "float16":
         raise Refused("--dtype float16 would lose small gradients: train in bfloat16 or float32")
     cli.check_spelling(*(a[k] for k in ("attn", "pos", "memory", "adapter")))
@@ -120,7 +139,7 @@ def settle(given):
 
 def settle_again(given, saved):
     """All arguments of a run that goes on: those that it began with. Raises Refused for one that would change its losses."""
-    a = saved["arguments"]
+    a = dict.fromkeys(UNSET) | COMMON | saved["arguments"]
     for k in given.keys() - FREE:
         if given[k] != a[k]:
             why = f"would change the run, which began with {a[k]}"
@@ -144,8 +163,22 @@ def config_of(a, source):
             raise Refused(f"--init {a.init} is no config.json: {no}") from None
     config = llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "pos", "memory") if getattr(a, k)})
     with ops.shapes_only():
-        llama.Llama(config)
+        model = llama.Llama(config)
+    if a.segment:
+        a.bptt = reach(model, a)
     return config
+
+
+def reach(model, a):
+    """--bptt for this model: as asked for, or as far as its memories let gradients flow. Raises Refused for what cannot be."""
+    c, memories = model.config, [block.self_attn.memory for block in model.model.layers]
+    if any(memory.whole_rows for memory in memories):
+        raise Refused(f"--attn {c.attn} chooses among the tokens of a whole row: train without --segment, or give it assign=argmax")
+    if not all(memory.cuts for memory in memories):
+        return "all" if a.bptt is None else a.bptt
+    if a.bptt:
+        raise Refused(f"--memory {c.memory} stops the gradient itself, and --bptt {a.bptt} would have nothing to pass on: leave it out")
+    return 0
 
 
 def build(a, config, source, fresh):
@@ -181,11 +214,8 @@ def corpora(a, tokenizer):
 
 def nats(model, batch):
     """The summed loss of a batch's target tokens, in nats."""
-    # where no document begins in mid-row attention is plainly causal, which is faster
-    begin = ops.array(batch.begin) if batch.begin.any() else None
-    # padding stands in documents of its own: any token will do
-    logits = model(ops.array(np.maximum(batch.tokens, 0)), begin=begin)
-    return ops.cross_entropy(logits, ops.array(batch.targets)).sum()
+    tokens, begin = segments.inputs(batch)
+    return ops.cross_entropy(model(tokens, begin=begin), ops.array(batch.targets)).sum()
 
 
 def loss_and_seen(model, batch, total):
@@ -200,16 +230,21 @@ def loss_and_seen(model, batch, total):
     return nats(watched, batch) / total, *seen
 
 
-def train_step(model, optimizer, batch, micro, clip, lr):
-    """One step over the rows of a batch, `micro` at a time. Returns (loss in nats a token, gradient norm before clipping, target
-    tokens). Where loss or norm is not finite nothing has changed."""
+def train_step(model, optimizer, batch, micro, clip, lr, segment=None, bptt="all", offload=False):
+    """One step over the rows of a batch, `micro` at a time, whole or in segments (see segments.py). Returns (loss in nats a token,
+    gradient norm before clipping, target tokens). Where loss or norm is not finite nothing has changed."""
     # of the whole step: a mean of means would weigh a token by how its part was filled
     total = max(1, int((batch.targets >= 0).sum()))
     parts, grads = [], {}
     for i in range(0, len(batch.tokens), micro):
         part = data.Batch(*(x[i : i + micro] for x in batch))
-        out, grads = ops.accumulate(model, lambda part=part: loss_and_seen(model, part, total), grads)
-        parts.append(out)
+        if segment:
+            mean = lambda call, piece: nats(call, piece) / total
+            out, grads = segments.accumulate(model, segments.cut(part, segment), mean, grads, bptt, offload)
+            parts += out
+        else:
+            out, grads = ops.accumulate(model, lambda part=part: loss_and_seen(model, part, total), grads)
+            parts.append(out)
     losses, *seen = zip(*parts)
     norm, loss = ops.global_norm(grads).item(), sum(x.item() for x in losses)
     if math.isfinite(loss) and math.isfinite(norm):
@@ -227,13 +262,13 @@ def lr_at(step, a):
 
 
 def evaluate(model, corpus, a):
-    """Loss in nats a token over the first rows of the held-out corpus."""
+    """Loss in nats a token over the first rows of the held-out corpus, read as in training."""
     lost, tokens = 0.0, 0
     model.model.patterns(training=False)
     with ops.no_grad():
         rows = data.Batches(corpus, a.micro, a.length, shuffle=False).one_epoch(a.valid_rows)
         for batch in tqdm(rows, "validation", -(-a.valid_rows // a.micro), leave=False, dynamic_ncols=True):
-            lost += nats(model, batch).item()
+            lost += segments.total(model, segments.cut(batch, a.segment), nats) if a.segment else nats(model, batch).item()
             tokens += int((batch.targets >= 0).sum())
     model.model.patterns(training=True)
     return lost / max(1, tokens)
@@ -270,7 +305,7 @@ def train(a, saved):
     with tqdm(total=a.steps, initial=state["step"], unit="step", dynamic_ncols=True) as bar:
         for step in range(state["step"] + 1, a.steps + 1):
             start, lr, batch = time.perf_counter(), lr_at(step, a), batches.next()
-            loss, norm, n = train_step(model, optimizer, batch, a.micro, a.clip, lr)
+            loss, norm, n = train_step(model, optimizer, batch, a.micro, a.clip, lr, a.segment, a.bptt, a.offload)
             seconds, last = time.perf_counter() - start, step == a.steps
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 texts = ", ".join(sorted({name for row in batch.names for name in row}))
@@ -330,8 +365,8 @@ def remarks(a, config):
     if a.length > config.max_position_embeddings:
         made = f"the model was made for {config.max_position_embeddings} tokens"
         print(f"note: --length is {a.length} and {made}: a stretched --pos (pi:factor=2) may train better", file=sys.stderr)
-    if config.memory != "full":
-        print("note: training reads whole rows; --memory is noted in the checkpoint, for generation", file=sys.stderr)
+    if config.memory != "full" and not a.segment:
+        print("note: without --segment, training reads whole rows; --memory is noted in the checkpoint, for generation", file=sys.stderr)
 
 
 def listen():

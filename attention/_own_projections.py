@@ -25,6 +25,9 @@ class Pattern(Memory):
 
     def initial(self, attn, name):
         linear, leaf = name.split(".")
+        if not linear.endswith("global"):
+            # the memory's own
+            return super().initial(attn, name)
         return ops.stop(getattr(getattr(attn, linear.replace("global", "proj")), leaf)) + 0
 
     def write(self, attn, x, seg, s):

@@ -64,6 +64,7 @@ class Pattern(Memory):
         super().__init__(c, o)
         self.pattern = pattern
         p, others = pattern.options, plugins.load("attention", "_others")
+        self.whole_rows = p.assign == "top"
         self.R = max(1, (c.num_attention_heads * p.routed + 50) // 100)
         self.centroids = ops.Embedding(self.R * p.clusters, c.head_dim)
         self.near = plugins.parse("attention", f"window:window={p.window}")

@@ -84,6 +84,11 @@ def is_array(x):
     return isinstance(x, mx.array)
 
 
+def is_real(x):
+    """Does the array hold real numbers, which can have a gradient?"""
+    return mx.issubdtype(x.dtype, mx.floating)
+
+
 def nbytes(x):
     return x.nbytes
 
@@ -366,7 +371,7 @@ def checkpoint(module, x, *rest):
     # gradients reach what is an argument and nothing else: arrays, and the weights of this module and of those in `rest`.
     # A method's weights are those of the module that it belongs to
     owners, arrays, is_module = [getattr(module, "__self__", module)], [], lambda t: isinstance(t, nn.Module)
-    differs = lambda t: is_array(t) and mx.issubdtype(t.dtype, mx.floating)
+    differs = lambda t: is_array(t) and is_real(t)
     _tree_map(lambda t: owners.append(t) if is_module(t) else arrays.append(t) if differs(t) else None, rest, is_leaf=is_module)
 
     def again(weights, x, arrays):
@@ -394,12 +399,24 @@ def value_and_grad(model, f):
 
 def accumulate(model, f, grads):
     """As value_and_grad, the gradients added to grads ({} at first; used up). There is never a second whole copy of them."""
-    out, new = value_and_grad(model, f)
+    out, _, grads = accumulate_through(model, f, [], grads)
+    return out, grads
+
+
+def accumulate_through(model, f, arrays, grads):
+    """The same for f(*arrays): returns (what f returned, a tuple being a tree, the arrays' gradients, grads)."""
+
+    def with_weights(weights, arrays):
+        model.update(weights)
+        return f(*arrays)
+
+    out, (new, of_arrays) = mx.value_and_grad(with_weights, argnums=(0, 1))(model.trainable_parameters(), arrays)
+    new = dict(tree_flatten(new))
     # popped, so that nobody else holds them and the sums are written into their memory
     new = {n: grads.pop(n) + new.pop(n) if n in grads else new.pop(n) for n in list(new)}
     # now, or the graphs of all micro-batches with their activations would wait for the end
-    mx.eval(out, new)
-    return out, new
+    mx.eval(out, new, of_arrays)
+    return out, of_arrays, new
 
 
 def scaled(arrays, factor):
@@ -463,6 +480,16 @@ def restore_random(state):
 def tree_map(f, tree):
     """f over the arrays of nested dicts, lists and tuples; everything else is passed through."""
     return _tree_map(lambda x: f(x) if is_array(x) else x, tree)
+
+
+def to_host(x):
+    """The array in the host's memory: MLX has one memory for host and device."""
+    return x
+
+
+def to_device(x):
+    """The array back where arrays live."""
+    return x
 
 
 def scalar(n):

@@ -96,6 +96,11 @@ def is_array(x):
     return isinstance(x, torch.Tensor)
 
 
+def is_real(x):
+    """Does the array hold real numbers, which can have a gradient?"""
+    return x.is_floating_point()
+
+
 def nbytes(x):
     return x.numel() * x.element_size()
 
@@ -423,14 +428,21 @@ def value_and_grad(model, f):
 
 def accumulate(model, f, grads):
     """As value_and_grad, the gradients added to grads ({} at first; used up). There is never a second whole copy of them."""
+    out, _, grads = accumulate_through(model, f, [], grads)
+    return out, grads
+
+
+def accumulate_through(model, f, arrays, grads):
+    """The same for f(*arrays): returns (what f returned, a tuple being a tree, the arrays' gradients, grads)."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for name, p in named.items():
         p.grad = grads.pop(name, None)
-    out = f()
-    (out[0] if isinstance(out, tuple) else out).backward(inputs=list(named.values()))
+    arrays = [x.detach().requires_grad_() for x in arrays]
+    out = f(*arrays)
+    (out[0] if isinstance(out, tuple) else out).backward(inputs=[*named.values(), *arrays])
     for name, p in named.items():
         grads[name], p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
-    return (tuple(o.detach() for o in out) if isinstance(out, tuple) else out.detach()), grads
+    return tree_map(torch.detach, out), [torch.zeros_like(x) if x.grad is None else x.grad for x in arrays], grads
 
 
 def scaled(arrays, factor):
@@ -493,6 +505,16 @@ def tree_map(f, tree):
     if isinstance(tree, (list, tuple)):
         return type(tree)(tree_map(f, v) for v in tree)
     return f(tree) if is_array(tree) else tree
+
+
+def to_host(x):
+    """The array in the host's memory."""
+    return x.to("cpu")
+
+
+def to_device(x):
+    """The array back where arrays live."""
+    return x.to(device())
 
 
 def scalar(n):

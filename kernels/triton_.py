@@ -94,7 +94,8 @@ def biased(s, q, k, near, least, each, TABLE, REACH: tl.constexpr, EXPLICIT: tl.
         if EXPLICIT:
             s += tl.load(TABLE + tl.maximum(q - k, 0), mask=q - k < REACH - 1, other=0.0)
         else:
-            # a block that is listed only so that its list is not empty may lie anywhere
+            # a block that is listed only so that its list is not empty may lie anywhere; the mask must be an array
+            least = q * 0 + least
             s += tl.load(TABLE + (q - k), mask=(least < REACH - 1) & (least > -BESIDE), other=0.0)
         return s
     else:

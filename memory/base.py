@@ -23,6 +23,9 @@ class Memory(Module):
     opening = 0  # and so are the first so many tokens of each document
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds
+    late = False  # are keys remembered unturned, and turned each time they are seen, whatever the position scheme?
+    cuts = False  # does closing stop the gradient?
+    whole_rows = False  # does training need a whole row at once?
     observes = False  # are some parameters learned from what is seen in training, not by gradients? Then see learn()
     learning = False  # does the model train?
 
@@ -35,7 +38,7 @@ class Memory(Module):
     def pack(self, attn, x, seg):
         """What to store of the segment's tokens: field -> [B, K, T, ...]. x [B, T, C] is the layer's normed input."""
         k, v = attn.kv(x)
-        return {"k": k if seg.position.late else seg.keys(k), "v": v}
+        return {"k": k if seg.position.late or self.late else seg.keys(k), "v": v}
 
     def unpack(self, attn, s):
         """k, v [B, K, N, D] of every slot, keys as pack() has them."""
@@ -80,7 +83,7 @@ class Memory(Module):
         """Past and present are one array of slots. q [B, H, T, D], not yet turned -> [B, H, T, D], state."""
         used = self.used(s)
         k, v = self.unpack(attn, used)
-        if seg.position.late:
+        if seg.position.late or self.late:
             # a text's first segment sees itself alone
             k = seg.keys(k, None if isinstance(s["n"], int) and s["n"] == q.shape[2] else used["pos"])
         slots = Places(used["pos"], used["first"])

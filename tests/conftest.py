@@ -28,8 +28,9 @@ TINY = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_atten
 # the attention patterns that are rules of positions, and some that are joined of them: with heads, layers and random links
 RULES = [name for name in plugins.names("attention") if hasattr(plugins.load("attention", name), "allowed")]
 JOINED = ["window|strided", "duo&bigbird|local"]
-# options small enough to matter on a text of 24 tokens; an integer option that is not named here shrinks to its bit length
-SMALL = {"window": 5, "n_global": 2, "block": 6, "budget": 10, "sinks": 2, "original": 16}
+# options small enough to matter on a text of 24 tokens; an integer option that is not named here shrinks to its bit length.
+# A gate that is closed at first would hide what is behind it
+SMALL = {"window": 5, "n_global": 2, "block": 6, "budget": 10, "sinks": 2, "original": 16, "gate": "sigmoid"}
 # longrope's lists come from the config alone; the length of TINY's is beyond the original
 LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 16, "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 2.5, 4.0]}
 
@@ -46,8 +47,8 @@ def small(folder, name):
 
 def _small(folder, name):
     fields = [f for f in dataclasses.fields(plugins.load(folder, name).Options) if f.name not in plugins.FILLED_IN]
-    size = lambda f: SMALL.get(f.name, f.default if f.default <= 4 else f.default.bit_length())
-    spec = name + ":" + ",".join(f"{f.name}={size(f)}" for f in fields if type(f.default) is int)
+    size = lambda f: SMALL[f.name] if f.name in SMALL else f.default if f.default <= 4 else f.default.bit_length()
+    spec = name + ":" + ",".join(f"{f.name}={size(f)}" for f in fields if f.name in SMALL or type(f.default) is int)
     return str(plugins.parse(folder, spec))
 
 

@@ -224,7 +224,7 @@ def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path, capsys):
     assert f"{valid[0][2]:.4f} -> {valid[-1][2]:.4f}" in said and f"generate.py --model {out / 'step-000060'}" in said
     # the checkpoint, opened anew, has the loss that was measured
     model, tokenizer = llama.load(out / "step-000060", device="cpu")
-    a = train.SimpleNamespace(micro=1, length=48, valid_rows=2)
+    a = train.SimpleNamespace(micro=1, length=48, valid_rows=2, segment=None)
     held = data.Corpus.build([world / "held"], tokenizer, tmp_path / "c")
     assert abs(train.evaluate(model, held, a) - valid[-1][2]) < 1e-5
 

@@ -1,0 +1,126 @@
+"""Training on rows in segments: the state goes from one to the next, and how far its gradient goes back is a choice.
+
+    bptt=0     cut at every boundary, as Transformer-XL (Dai et al. 2019, arXiv:1901.02860)
+    bptt=K     through 0 to K boundaries, every (K + 1)th being cut (the depth that RMT, Bulatov et al. 2022, arXiv:2207.06881, varies)
+    bptt=all   through all: the exact gradient of the whole row, wherever the memory keeps what the pattern sees
+
+Segments between two cuts are a run, and no two segments' activations exist at once:
+
+    forward    each segment but the last is read without gradients, and the state at each boundary is saved
+    backward   from the last to the first: each is read again from its saved state, now with gradients. To its loss is added the
+               inner product <g, s> of the state s that it hands on and the gradient g that the next segment found for s: a constant
+               here, so that the backward pass goes on where the next segment's ended
+
+A state is a tree of arrays and of the host's own numbers; positions and other integers have no gradient. Peak memory: one segment, the
+states at the boundaries (in the host's memory with offload), and one gradient of a state. Work: all but the last segment of each run
+are read twice; with bptt=0 none is.
+"""
+
+import ops
+
+
+def cut(batch, n):
+    """A data.Batch of [B, T] in pieces of n tokens, the last one shorter where n does not divide T."""
+    arrays, T = batch[:3], batch.tokens.shape[1]
+    return [batch._replace(**dict(zip(batch._fields, (x[:, i : i + n] for x in arrays)))) for i in range(0, T, n)]
+
+
+def runs(pieces, bptt):
+    """The pieces in lists, with a cut between one list and the next."""
+    n = len(pieces) if bptt == "all" else bptt + 1
+    return [pieces[i : i + n] for i in range(0, len(pieces), n)]
+
+
+def inputs(batch):
+    """Tokens and begin [B, T] as the model takes them; begin None where all of it is one document's, which is faster."""
+    # padding stands in documents of its own: any token will do
+    return ops.array(batch.tokens.clip(0)), ops.array(batch.begin) if batch.begin.any() else None
+
+
+def read(model, tokens, state, **how):
+    """(logits, the state after, what the model's observers saw): model(tokens, state), or the text's first segment if state is None."""
+    if state is None:
+        state = model.start()
+        # no room for later tokens: what is written into that is written in place, and the states are saved
+        state["layers"] = [{**s, "capacity": 0} for s in state["layers"]]
+    logits, state = model(tokens, state, **how)
+    seen = [s["seen"] for s in state["layers"] if "seen" in s]
+    return logits, {**state, "layers": [{k: x for k, x in s.items() if k != "seen"} for s in state["layers"]]}, seen
+
+
+def total(model, pieces, loss):
+    """The summed loss of a row's pieces, without gradients. loss(call, piece), where call(tokens, begin=...) gives the logits."""
+    state, lost = None, 0.0
+    with ops.no_grad():
+        for piece in pieces:
+            one, state, _ = forward(model, piece, loss, state)
+            lost += one.item()
+    return lost
+
+
+def accumulate(model, pieces, loss, grads, bptt="all", offload=False):
+    """The gradient of the summed loss of a row's pieces, added to grads (name -> array, used up).
+
+    loss(call, piece) -> scalar, where call(tokens, begin=...) gives the logits. offload: boundaries' states wait in the host's memory.
+    Returns ([(loss, what each observer saw...) of every piece], grads).
+    """
+    state, outs = None, []
+    for run in runs(pieces, bptt):
+        mine, state, grads = backward(model, run, loss, state, grads, offload)
+        outs += mine
+    return outs, grads
+
+
+def forward(model, piece, loss, state):
+    """(loss of a piece, the state after, what the observers saw)."""
+    left = []
+
+    def call(tokens, begin):
+        logits, *rest = read(model, tokens, state, begin=begin)
+        left.extend(rest)
+        return logits
+
+    return loss(call, piece), *left
+
+
+def backward(model, run, loss, state, grads, offload):
+    """As accumulate, for a run of segments from a state on, between whose boundaries nothing is cut; returns the state after it too."""
+    away, back = (ops.to_host, ops.to_device) if offload else (lambda x: x, lambda x: x)
+    saved, outs, handed, after_all = [state], [], None, None
+    with ops.no_grad():
+        for piece in run[:-1]:
+            tokens, begin = inputs(piece)
+            # logits are of no use here: those of one token are made, since some are
+            _, state, _ = read(model, tokens, state, begin=begin, last=1)
+            ops.wait(state)
+            saved.append(ops.tree_map(away, state))
+    for piece in reversed(run):
+        state = ops.tree_map(back, saved.pop())
+
+        def f(*arrays, piece=piece, state=state, handed=handed):
+            one, after, seen = forward(model, piece, loss, filled(state, arrays))
+            return one + along(handed, after), one, after, *seen
+
+        (_, one, after, *seen), handed, grads = ops.accumulate_through(model, f, differing(state), grads)
+        outs.insert(0, (one, *seen))
+        after_all = after_all or after
+    return outs, after_all, grads
+
+
+def along(handed, state):
+    """<handed, state>: the inner product of the gradient of a state, and it. handed None: nothing comes after."""
+    product = lambda g, x: (ops.cast(g, ops.float32) * ops.cast(x, ops.float32)).sum()
+    return sum(map(product, handed, differing(state))) if handed else 0.0
+
+
+def differing(state):
+    """The arrays of a state that can have a gradient, in order."""
+    found = []
+    ops.tree_map(lambda x: found.append(x) if ops.is_real(x) else None, state)
+    return found
+
+
+def filled(state, arrays):
+    """The state with arrays in the places of these."""
+    given = iter(arrays)
+    return ops.tree_map(lambda x: next(given) if ops.is_real(x) else x, state)
