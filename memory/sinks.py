@@ -35,7 +35,7 @@ class Memory(Base):
         # born: where the token really stood; pos: where it is felt to stand
         return {**super().pack(attn, x, seg), "born": ops.expand(seg.at.at, (x.shape[0], 1, x.shape[1]))}
 
-    def rank(self, seg, s):
+    def rank(self, attn, seg, s):
         since = s["born"] - (0 if seg.begin is None else seg.begin[..., -1:])
         return ops.where(since < self.o.sinks, 1e9 - ops.cast(since, ops.float32), ops.cast(s["pos"], ops.float32))
 
