@@ -2,7 +2,8 @@
 
     score_j = - cos(mu, k_j), mu = mean over what is kept of k_i / |k_i|    (each key head by itself, the lowest go)
 
-Keys are compared turned, as the cache of the paper's model holds them. Nothing else is privileged: the newest tokens go like any other.
+Keys are compared turned, as the cache of the paper's model holds them. Nothing else is privileged: the newest tokens go like any other,
+and of equal keys (without rotation the first layer has them) either.
 """
 
 import ops
