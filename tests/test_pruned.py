@@ -193,8 +193,14 @@ SPECS = {
     "snapkv": ["budget=10,window=4", "budget=9,window=2,pool=3", "budget=8,window=6,pool=1"],
     "keydiff": ["budget=10", "budget=3"],
     "pyramidkv": ["budget=10,window=4,pool=3", "budget=12,window=2,pool=1,beta=2"],
-    "adakv": ["budget=10,window=4", "budget=9,window=2,pool=1,floor=0", "budget=9,window=2,pool=3,floor=0.5,widest=1.3"],
+    "adakv": [
+        "budget=10,window=4",
+        "budget=9,window=2,pool=1,floor=0",
+        "budget=9,window=2,pool=3,floor=0.5,widest=1.3",
+        "budget=10,window=1,pool=1,floor=0.9",
+    ],
 }
+SPECS["adakv"] += ["budget=10,window=1,pool=1,floor=0.9"]
 ALL = [f"{name}:{o}" for name, options in SPECS.items() for o in options]
 FIRST = [f"{name}:{options[0]}" for name, options in SPECS.items()]
 
@@ -330,6 +336,20 @@ def test_renumbered_pieces_equal_the_segment(spec, pos):
     step = ops.static(lambda x, s, close: model(x, s, close=close), model.still(state), (False, True))
     static = [ops.numpy(step(int(tokens[0, t]), (t + 1) % 8 == 0)) for t in range(8, 32)]
     assert apart(np.concatenate([ops.numpy(y), *static], 1), run(model, tokens[:1], whole(32))) < 1e-3
+
+
+@every("reindex", ["absolute", "reindex"])
+@every("spec", FIRST)
+def test_rows_and_documents_by_themselves(spec, reindex):
+    """Rows whose closing segments end in padding, and a document under a pattern that counts from where it begins."""
+    spec, tokens = f"{spec},kv_positions={reindex}", text(32, 2)
+    padded = np.where((np.arange(32) % 16 >= 12) & (np.arange(2)[:, None] == 0), -1, tokens)
+    alone = run(tiny(memory=spec), tokens[:1, padded[0] >= 0], [[8], [4], [8], [4]])
+    assert apart(run(tiny(memory=spec), padded, whole(32))[:1, padded[0] >= 0], alone) < 1e-4
+    model = tiny("longformer:window=5,n_global=2", memory=spec)
+    begin = np.where(np.arange(32) >= 12, 12, 0)[None].astype("int32")
+    want = run(model, tokens[:1, 12:], [[4], [8], [8]])
+    assert apart(run(model, tokens[:1], whole(32), begin)[:, 12:], want) < 1e-4
 
 
 def test_scores_in_parts(monkeypatch):
