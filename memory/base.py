@@ -2,7 +2,7 @@
 
 A layer's state is a dict that is passed in and handed back:
     k, v      [B, K, N, D]  what the slots hold (a policy may hold other fields). Keys are turned to their positions already, unless the
-              position scheme is `late` or the policy `renumbers`: then they wait as they are, and are turned as they are seen
+              position scheme is `late` or the policy says `unturned`: then they wait as they are, and are turned as they are seen
     pos       [B, 1, N], or [B, K, N] where heads remember different tokens
     n         slots in use, the rest being room: an int while the host knows it, an array inside a static graph
     first     the position of slot 0 if the slots in use are consecutive and the host knows it, else None
@@ -25,7 +25,7 @@ class Memory(Module):
     fields = ("k", "v", "pos")  # what a slot holds
     observes = False  # are some parameters learned from what is seen in training, not by gradients? Then see learn()
     learning = False  # does the model train?
-    renumbers = False  # are kept tokens given new positions? Then keys wait unturned under any scheme
+    unturned = False  # do keys wait unturned under any position scheme?
 
     def __init__(self, c, o):
         super().__init__()
@@ -113,7 +113,7 @@ class Memory(Module):
         at = ops.take(s["pos"], keep)
         keep = ops.sort_by(ops.where(at < 0, 2**30, at), keep)
         n = size if isinstance(s["n"], int) else ops.minimum(s["n"], size)
-        return {**s, **{f: ops.take(s[f], keep) for f in self.fields}, "n": n, "first": None}
+        return {**s, **{f: ops.take(s[f], keep) for f in self.fields if f in s}, "n": n, "first": None}
 
     def still(self, s):
         """The same state for a static graph: every slot allocated, and counters that the graph can hold."""
@@ -136,17 +136,17 @@ class Memory(Module):
 
     def late(self, seg):
         """Are keys remembered unturned?"""
-        return self.renumbers or seg.position.late
+        return self.unturned or seg.position.late
 
     def used(self, s):
         """The slots in use; all slots where the host does not know (inside a static graph: the others are empty)."""
         n = s["n"]
-        return {**s, **{f: s[f][:, :, :n] for f in self.fields}} if isinstance(n, int) and n < s["pos"].shape[2] else s
+        return {**s, **{f: s[f][:, :, :n] for f in self.fields if f in s}} if isinstance(n, int) and n < s["pos"].shape[2] else s
 
     def make_room(self, s):
         """Empty slots behind those in use, up to the capacity."""
         short = s["capacity"] - s["pos"].shape[2]
-        return {**s, **{f: ops.cat([s[f], blank(f, s[f], short)], 2) for f in self.fields}} if short > 0 else s
+        return {**s, **{f: ops.cat([s[f], blank(f, s[f], short)], 2) for f in self.fields if f in s}} if short > 0 else s
 
 
 def blank(field, like, n):

@@ -362,6 +362,81 @@ def test_scores_in_parts(monkeypatch):
         assert apart(run(tiny(memory=spec), text(40, 2), whole(40)), y) < 1e-4
 
 
+# ---------------------------------------------------------------- fewer bits
+
+
+@every("bits, channels", [(8, 32), (4, 8), (4, 32)])
+def test_codes_are_what_the_formula_says(bits, channels):
+    """Q(x) = round((x - z) / s), in float64 up to the float16 of s and z; what comes back is within half a step."""
+    from memory.quantised import decode, encode
+
+    x = np.random.default_rng(0).normal(size=(2, 3, 5, 64)).astype("float32")
+    x[..., 7] *= 50
+    x[0, 0, 0] = 3.0
+    code, scale = encode(ops.array(x), bits, channels)
+    assert ops.nbytes(code) == x.size * bits // 8 and ops.nbytes(scale) == x.size // channels * 4
+    groups = x.astype("float64").reshape(*x.shape[:-1], -1, channels)
+    z = groups.min(-1, keepdims=True).astype("float16").astype("float64")
+    s = (
+        np.maximum((groups.max(-1, keepdims=True) - groups.min(-1, keepdims=True)) / (2**bits - 1), 1e-6)
+        .astype("float16")
+        .astype("float64")
+    )
+    want = np.clip(np.round((groups - z) / s), 0, 2**bits - 1) * s + z
+    got = ops.numpy(decode(code, scale, bits, ops.float32)).reshape(groups.shape)
+    assert (np.abs(got - want) > 1e-4 * (1 + np.abs(want))).mean() < 1e-3, "but for numbers halfway between two codes"
+    # float16 moves z and the largest by up to 2^-11 of themselves
+    assert (np.abs(got - groups) <= s / 2 + 2**-10 * np.abs(groups).max(-1, keepdims=True) + 1e-6).all()
+
+
+def test_fewer_bits_cost_more():
+    """Everything kept: the first segment is exact, then 8 bits are near and 4 bits are further off."""
+    want = run(tiny(), text(40, 2))
+    off = [run(tiny(memory=f"quantised:bits={bits},channels=4"), text(40, 2), whole(40)) for bits in (8, 4)]
+    assert all(apart(y[:, :8], want[:, :8]) < 1e-4 for y in off)
+    eight, four = (apart(y, want) for y in off)
+    assert 1e-4 < eight < 0.05 and 4 * eight < four < 1
+
+
+@every("keep", ["window", *PRUNED])
+def test_quantised_keeps_what_its_policy_keeps(keep):
+    """After the first close, when nothing is rounded yet but what is kept; then what is kept of it is never rounded again."""
+    o = "budget=40" if keep in ("snapkv", "pyramidkv", "adakv") else "budget=10"
+    plain, model = tiny(memory=f"{keep}:{o}"), tiny(memory=f"quantised:keep={keep},{o},bits=4,channels=4")
+    T, n = 90, 60
+    with ops.no_grad():
+        _, other = plain(ops.array(text(T)[:, :n]), plain.start())
+        _, state = model(ops.array(text(T)[:, :n]), model.start())
+        for a, b in zip(other["layers"], state["layers"]):
+            pos = ops.numpy(b["past"]["pos"])
+            for x, y in zip(ops.numpy(a["pos"])[0], pos[0]):
+                assert sorted(x[x >= 0]) == sorted(y[y >= 0])
+        before = [{f: ops.numpy(s["past"][f])[0] for f in ("pos", "k_code", "v_scale")} for s in state["layers"]]
+        _, state = model(ops.array(text(T)[:, n : n + 3]), state)
+        for b, s in zip(before, state["layers"]):
+            after, same = {f: ops.numpy(s["past"][f])[0] for f in b}, 0
+            for head in range(2):
+                at = lambda x, head=head: x["pos"][min(head, len(x["pos"]) - 1)]
+                for i, p in enumerate(at(b)):
+                    for j in np.flatnonzero((at(after) == p) & (p >= 0)):
+                        same += 1
+                        assert all((b[f][head, i] == after[f][head, j]).all() for f in ("k_code", "v_scale"))
+            assert same > 4
+
+
+@every("bits", [8, 4])
+def test_quantised_bytes(bits):
+    """The closed past in codes, the open segment in float32; a long stream stays within them."""
+    model, T, sizes = tiny(memory=f"quantised:budget=24,bits={bits},channels=8"), 96, set()
+    state = model.start(8, T)
+    with ops.no_grad():
+        for i in range(0, T, 4):
+            _, state = model(ops.array(text(T)[:, i : i + 4]), state, close=i % 8 == 4)
+            sizes.add(tuple(held(state)[0])) if i >= 8 else None
+    K, D = 2, 8
+    assert sizes == {(24 * (K * 2 * (D * bits // 8 + 4) + 4) + 8 * (K * 2 * D * 4 + 4),) * 2}
+
+
 @every(
     "spec, word",
     [
@@ -375,6 +450,9 @@ def test_scores_in_parts(monkeypatch):
         ("pyramidkv:beta=0", "beta"),
         ("adakv:floor=2", "floor"),
         ("adakv:widest=0.5", "widest"),
+        ("quantised:bits=3", "4 or 8"),
+        ("quantised:keep=sinks", "choose one of"),
+        ("quantised:keep=snapkv,budget=20", "larger than the window"),
     ],
     ids=str,
 )
