@@ -424,6 +424,25 @@ def test_quantised_keeps_what_its_policy_keeps(keep):
             assert same > 4
 
 
+@every("keep", ["window", *PRUNED])
+def test_quantised_pieces_equal_the_segment(keep):
+    """Static steps, padding and documents too. Rounding may fall to either side, so within a step of 8 bits."""
+    o = "budget=40" if keep in ("snapkv", "pyramidkv", "adakv") else "budget=10"
+    model, tokens, segments = tiny(memory=f"quantised:keep={keep},{o},channels=8"), text(80, 2), [[20]] * 4
+    want = run(model, tokens, segments)
+    assert apart(run(model, tokens, [[5, 15], [1] * 20, [19, 1], [7, 6, 7]], room=80), want) < 0.03
+    padded = tokens.copy()
+    padded[0, 15:20] = -1
+    assert apart(run(model, padded, segments)[:1, padded[0] >= 0], run(model, tokens[:1, padded[0] >= 0], [[15], *segments[1:]])) < 0.03
+    begin = np.where(np.arange(80) >= 12, 12, 0)[None].astype("int32")
+    assert apart(run(model, tokens[:1], segments, begin)[:, 12:], run(model, tokens[:1, 12:], [[8], *segments[1:]])) < 0.03
+    with ops.no_grad():
+        y, state = model(ops.array(tokens[:1, :20]), model.start(20, 80))
+    step = ops.static(lambda x, s, close: model(x, s, close=close), model.still(state), (False, True))
+    steps = [ops.numpy(step(int(tokens[0, t]), (t + 1) % 20 == 0)) for t in range(20, 80)]
+    assert apart(np.concatenate([ops.numpy(y), *steps], 1), want[:1]) < 0.03
+
+
 @every("bits", [8, 4])
 def test_quantised_bytes(bits):
     """The closed past in codes, the open segment in float32; a long stream stays within them."""
