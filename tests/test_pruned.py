@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from conftest import apart, run, text, tiny, weights, whole
+from test_mechanisms import segmented_loss
 
 import ops
 import plugins
 from errors import Refused
+from model import Llama
 
 PRUNED = ["h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv"]
 every = pytest.mark.parametrize
@@ -454,6 +456,42 @@ def test_quantised_bytes(bits):
             sizes.add(tuple(held(state)[0])) if i >= 8 else None
     K, D = 2, 8
     assert sizes == {(24 * (K * 2 * (D * bits // 8 + 4) + 4) + 8 * (K * 2 * D * 4 + 4),) * 2}
+
+
+# ---------------------------------------------------------------- in use
+
+
+@every("spec", [*FIRST, "quantised:budget=10,channels=8"])
+def test_writing_in_constant_memory(spec):
+    """A session that reads in chunks and writes token by token holds the same bytes however long it goes on."""
+    from generate import Session
+
+    session, sizes = Session(tiny(memory=spec), chunk=8, segment=4), set()
+    session.read(text(21)[0], 60)
+    for i, token in enumerate(text(60)[0]):
+        assert np.isfinite(ops.numpy(session.step(int(token)))).all()
+        sizes.add(session.nbytes()) if i > 20 else None
+    assert len(sizes) == 1
+
+
+@every("spec", [*PRUNED, "quantised:channels=8"])
+def test_bfloat16(spec):
+    """Scores in float32 leave activations and caches in bfloat16."""
+    model, want = Llama(tiny(memory=spec).config).init(seed=1, std=0.2), run(tiny(), text(24))
+    model.dtype = ops.bfloat16
+    assert apart(run(model, text(24), [[8], *[[1] * 4] * 4], room=24), want) < 0.3
+    with ops.no_grad():
+        _, state = model(ops.array(text(8)), model.start(8, 24))
+    assert all(s[f].dtype == ops.bfloat16 for s in state["layers"] for f in "kv" if f in s)
+
+
+@every("segments", [[[11], [5], [8]], [[1]] * 24], ids=["segments", "tokens"])
+@every("spec", PRUNED)
+def test_gradients_of_what_is_kept(spec, segments):
+    """Scores take no gradient, keys and values do: where nothing is forgotten, those of the whole text."""
+    want, got = (segmented_loss(tiny(memory=spec), text(25, 2), s) for s in ([[24]], segments))
+    for n in want:
+        assert np.abs(got[n] - want[n]).max() < 1e-4 * np.abs(want[n]).max(), n
 
 
 @every(
