@@ -75,17 +75,25 @@ class Memory(Base):
         return y, {**t, **{f: s[f] for f in ("k", "v", "pos", "n", "first")}, **here, "past": past}
 
     def close(self, attn, seg, s):
-        t, used = self.whole(s), self.used(s)
-        for f in "kv":
-            codes = dict(zip((f"{f}_code", f"{f}_scale"), encode(used[f], self.bits, self.channels)))
-            t.update({name: ops.cat([s["past"][name], a], 2) if "past" in s else a for name, a in codes.items()})
+        t = self.whole(s)
+        for f, a in self.encoded(self.used(s)).items():
+            t[f] = ops.cat([s["past"][f], a], 2) if "past" in s else a
         t = super().close(attn, seg, {**t, "capacity": 0})
-        past = {f: t[f] for f in self.fields if f not in ("k", "v")}
-        short = self.size - past["pos"].shape[2]
-        past = {f: ops.cat([a, blank(f, a, short)], 2) if short > 0 else a for f, a in past.items()}
+        past = {f: t.pop(f) for f in self.fields if f not in ("k", "v")}
         empty = {f: s[f][:, :, :0] for f in self.fields if f in s}
-        kept = {f: a for f, a in t.items() if f not in CODES}
-        return self.make_room({**kept, **empty, "past": past, "n": s["n"] * 0, "first": None, "capacity": s["capacity"]})
+        return self.make_room({**t, **empty, "past": past, "n": s["n"] * 0, "first": None, "capacity": s["capacity"]})
+
+    def still(self, s):
+        """A static graph has every slot of the past from the beginning."""
+        s = self.make_room(s)
+        like = {**s, **self.encoded({f: s[f][:, :, :1] for f in "kv"})}
+        none = {f: a[:, :, :0] for f, a in like.items() if f in self.fields and f not in ("k", "v")}
+        past = {f: ops.cat([a, blank(f, like[f], self.size - a.shape[2])], 2) for f, a in s.get("past", none).items()}
+        return super().still({**s, "past": past})
+
+    def encoded(self, s):
+        """The codes and scales of s["k"] and s["v"], by their fields."""
+        return dict(zip(CODES, (*encode(s["k"], self.bits, self.channels), *encode(s["v"], self.bits, self.channels))))
 
     def whole(self, s):
         """Past and segment as one state of the policy's, every slot in use."""
