@@ -79,9 +79,9 @@ class Memory(Base):
         for f, a in self.encoded(self.used(s)).items():
             t[f] = ops.cat([s["past"][f], a], 2) if "past" in s else a
         t = super().close(attn, seg, {**t, "capacity": 0})
-        past = {f: t.pop(f) for f in self.fields if f not in ("k", "v")}
-        empty = {f: s[f][:, :, :0] for f in self.fields if f in s}
-        return self.make_room({**t, **empty, "past": past, "n": s["n"] * 0, "first": None, "capacity": s["capacity"]})
+        past = {f: t[f] for f in self.fields if f not in ("k", "v")}
+        open_ = {f: s[f][:, :, :0] if f in self.fields else a for f, a in t.items() if f not in CODES}
+        return self.make_room({**open_, "past": past, "n": s["n"] * 0, "first": None, "capacity": s["capacity"]})
 
     def still(self, s):
         """A static graph has every slot of the past from the beginning."""
