@@ -303,8 +303,7 @@ def test_short_texts_lose_nothing(spec, n):
 
 @every("spec", FIRST)
 def test_nothing_jumps_at_the_first_eviction(spec):
-    """Logits up to the close that first forgets are those of the full cache; after it they differ, but stay near for a token or two:
-    positions do not shift."""
+    """Logits up to the close that first forgets are those of the full cache; after it they differ."""
     model = tiny(memory=spec)
     got, want = run(model, text(32, 4), [[8], [1] * 8, [8], [8]]), run(tiny(), text(32, 4))
     seen = 8 if spec.startswith("pyramid") else 16
