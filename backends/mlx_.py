@@ -14,7 +14,7 @@ from errors import Refused
 
 # types and devices
 
-float32, float16, bfloat16, int32, bool_ = mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.bool_
+float32, float16, bfloat16, int32, uint8, bool_ = mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.uint8, mx.bool_
 
 
 def use(device=None):
@@ -93,7 +93,8 @@ def nbytes(x):
     return x.nbytes
 
 
-where, cos, sin, exp, argmax, silu, sigmoid = mx.where, mx.cos, mx.sin, mx.exp, mx.argmax, nn.silu, mx.sigmoid
+where, cos, sin, exp, argmax, nearest = mx.where, mx.cos, mx.sin, mx.exp, mx.argmax, mx.round
+silu, sigmoid = nn.silu, mx.sigmoid
 
 
 def cast(x, dtype):

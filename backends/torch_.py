@@ -20,7 +20,7 @@ from errors import Refused
 
 # types and devices
 
-float32, float16, bfloat16, int32, bool_ = torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.bool
+float32, float16, bfloat16, int32, uint8, bool_ = torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.uint8, torch.bool
 
 
 def use(device=None):
@@ -105,7 +105,8 @@ def nbytes(x):
     return x.numel() * x.element_size()
 
 
-where, cos, sin, exp, argmax, silu, sigmoid = torch.where, torch.cos, torch.sin, torch.exp, torch.argmax, F.silu, torch.sigmoid
+where, cos, sin, exp, argmax, nearest = torch.where, torch.cos, torch.sin, torch.exp, torch.argmax, torch.round
+silu, sigmoid = F.silu, torch.sigmoid
 
 
 def cast(x, dtype):

@@ -47,3 +47,14 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     p = ops.softmax(s, -1) * ops.cast(see, ops.float32)
     y = ops.cast(p @ v, q.dtype)
     return (y, ops.where(ops.amax(see, -1)[..., 0], ops.logsumexp(s, -1), -float("inf"))) if lse else y
+
+
+def weights(q, k, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, bias=None):
+    """The weights that attend() gives to keys, [B, H, T, N] in float32: what a memory's scores are made of. Padding gives none."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    see = visible(q_at, k_at, rule, begin, always, opening, H)
+    s = ops.cast(q.reshape(B, K, -1, D) @ ops.swap(k, 2, 3), ops.float32).reshape(B, H, T, -1)
+    s = s * (D**-0.5 if scale is None else scale)
+    if bias is not None:
+        s = s + biases(q_at, k_at, bias, H)
+    return ops.softmax(ops.where(see, s, -1e30), -1) * ops.cast(see & (q_at.at >= 0)[..., None], ops.float32)

@@ -2,7 +2,7 @@
 
 A layer's state is a dict that is passed in and handed back:
     k, v      [B, K, N, D]  what the slots hold (a policy may hold other fields). Keys are turned to their positions already, unless the
-              position scheme is `late`: then they wait as they are, and are turned as they are seen
+              position scheme is `late` or the policy says `unturned`: then they wait as they are, and are turned as they are seen
     pos       [B, 1, N], or [B, K, N] where heads remember different tokens
     n         slots in use, the rest being room: an int while the host knows it, an array inside a static graph
     first     the position of slot 0 if the slots in use are consecutive and the host knows it, else None
@@ -23,11 +23,11 @@ class Memory(Module):
     opening = 0  # and so are the first so many tokens of each document
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds
-    late = False  # are keys remembered unturned, and turned each time they are seen, whatever the position scheme?
     cuts = False  # does closing stop the gradient?
     whole_rows = False  # does training need a whole row at once?
     observes = False  # are some parameters learned from what is seen in training, not by gradients? Then see learn()
     learning = False  # does the model train?
+    unturned = False  # do keys wait unturned under any position scheme?
 
     def __init__(self, c, o):
         super().__init__()
@@ -38,13 +38,13 @@ class Memory(Module):
     def pack(self, attn, x, seg):
         """What to store of the segment's tokens: field -> [B, K, T, ...]. x [B, T, C] is the layer's normed input."""
         k, v = attn.kv(x)
-        return {"k": k if seg.position.late or self.late else seg.keys(k), "v": v}
+        return {"k": k if self.late(seg) else seg.keys(k), "v": v}
 
     def unpack(self, attn, s):
         """k, v [B, K, N, D] of every slot, keys as pack() has them."""
         return s["k"], s["v"]
 
-    def rank(self, seg, s):
+    def rank(self, attn, seg, s):
         """[B, 1 or K, N]: the `size` slots of highest rank stay. Default: the newest."""
         return ops.cast(s["pos"], ops.float32)
 
@@ -81,36 +81,50 @@ class Memory(Module):
 
     def attend(self, attn, q, seg, s):
         """Past and present are one array of slots. q [B, H, T, D], not yet turned -> [B, H, T, D], state."""
+        k, v, slots = self.seen(attn, q, seg, s)
+        return attend(seg.queries(q), k, v, seg.at, slots, attn.rule, seg.begin, **self.how(seg)), s
+
+    def seen(self, attn, q, seg, s):
+        """Keys and values of the slots in use, as attend() takes them, and their Places."""
         used = self.used(s)
         k, v = self.unpack(attn, used)
-        if seg.position.late or self.late:
+        if self.late(seg):
             # a text's first segment sees itself alone
             k = seg.keys(k, None if isinstance(s["n"], int) and s["n"] == q.shape[2] else used["pos"])
-        slots = Places(used["pos"], used["first"])
-        scale = seg.position.temperature * q.shape[-1] ** -0.5
-        return attend(seg.queries(q), k, v, seg.at, slots, attn.rule, seg.begin, self.always, self.opening, scale, seg.bias), s
+        return k, v, Places(used["pos"], used["first"])
+
+    def how(self, seg):
+        """What attend() is told beside the rule."""
+        scale = seg.position.temperature * self.c.head_dim**-0.5
+        return {"always": self.always, "opening": self.opening, "scale": scale, "bias": seg.bias}
 
     def close(self, attn, seg, s):
         """The segment ends: what is over the size is forgotten, and there is room for the next segment behind what stays."""
         s = self.used(s)
-        if self.size is not None and s["pos"].shape[2] > self.size:
+        if self.size is not None and s["pos"].shape[2] > self.enough:
+            if seg.begin is not None:
+                # a finished document frees its slots
+                s = {**s, "pos": ops.where(s["pos"] < seg.begin[..., -1:], -1, s["pos"])}
             s = self.forget(attn, seg, s)
         return self.make_room(s)
 
     def forget(self, attn, seg, s):
         """The best `size` slots, in order of position, empty ones last."""
-        if seg.begin is not None:
-            # a finished document frees its slots
-            s = {**s, "pos": ops.where(s["pos"] < seg.begin[..., -1:], -1, s["pos"])}
-        keep = ops.top(ops.where(s["pos"] < 0, -1e30, self.rank(seg, s)), self.size)
+        size = min(self.size, s["pos"].shape[2])
+        keep = ops.top(ops.where(s["pos"] < 0, -1e30, self.rank(attn, seg, s)), size)
         at = ops.take(s["pos"], keep)
         keep = ops.sort_by(ops.where(at < 0, 2**30, at), keep)
-        n = self.size if isinstance(s["n"], int) else ops.minimum(s["n"], self.size)
-        return {**s, **{f: ops.take(s[f], keep) for f in self.fields}, "n": n, "first": None}
+        n = size if isinstance(s["n"], int) else ops.minimum(s["n"], size)
+        return {**s, **{f: ops.take(s[f], keep) for f in self.fields if f in s}, "n": n, "first": None}
 
     def still(self, s):
         """The same state for a static graph: every slot allocated, and counters that the graph can hold."""
         return {**self.make_room(s), "n": ops.scalar(s["n"]), "first": None}
+
+    @property
+    def enough(self):
+        """So many slots in use are kept without a question."""
+        return self.size
 
     # parameters of a memory's own
 
@@ -122,17 +136,21 @@ class Memory(Module):
 
     # helpers
 
+    def late(self, seg):
+        """Are keys remembered unturned?"""
+        return self.unturned or seg.position.late
+
     def used(self, s):
         """The slots in use; all slots where the host does not know (inside a static graph: the others are empty)."""
         n = s["n"]
-        return {**s, **{f: s[f][:, :, :n] for f in self.fields}} if isinstance(n, int) and n < s["pos"].shape[2] else s
+        return {**s, **{f: s[f][:, :, :n] for f in self.fields if f in s}} if isinstance(n, int) and n < s["pos"].shape[2] else s
 
     def make_room(self, s):
         """Empty slots behind those in use, up to the capacity."""
         short = s["capacity"] - s["pos"].shape[2]
-        return {**s, **{f: ops.cat([s[f], blank(f, s[f], short)], 2) for f in self.fields}} if short > 0 else s
+        return {**s, **{f: ops.cat([s[f], blank(f, s[f], short)], 2) for f in self.fields if f in s}} if short > 0 else s
 
 
 def blank(field, like, n):
     """n empty slots for a field, shaped and typed like an array of it."""
-    return ops.full((*like.shape[:2], n, *like.shape[3:]), -1 if field in ("pos", "born", "cluster") else 0, like.dtype, like)
+    return ops.full((*like.shape[:2], n, *like.shape[3:]), -1 if field in ("pos", "born", "cluster", "q_at") else 0, like.dtype, like)

@@ -47,7 +47,7 @@ def recall(x, s):
 
 class Memory(Base):
     size = 0
-    late = True  # the matrix wants keys without positions
+    unturned = True  # the matrix wants keys without positions
 
     def __init__(self, c, o):
         super().__init__(c, o)

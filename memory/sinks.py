@@ -35,7 +35,7 @@ class Memory(Base):
         # born: where the token really stood; pos: where it is felt to stand
         return {**super().pack(attn, x, seg), "born": ops.expand(seg.at.at, (x.shape[0], 1, x.shape[1]))}
 
-    def rank(self, seg, s):
+    def rank(self, attn, seg, s):
         since = s["born"] - (0 if seg.begin is None else seg.begin[..., -1:])
         return ops.where(since < self.o.sinks, 1e9 - ops.cast(since, ops.float32), ops.cast(s["pos"], ops.float32))
 
@@ -47,7 +47,7 @@ class Memory(Base):
         oldest = -ops.amax(ops.where(rest < 0, -(2**30), -rest), 2)
         at = ops.where((pos >= 0) & (oldest < 2**30), oldest - n + ops.arange(n, pos), pos)
         s = {**s, "pos": ops.cat([at, rest], 2)}
-        if seg.position.late:
+        if self.late(seg):
             return s
         s = self.with_sinks(s)
         # the same sinks as before keep the key that they were born with

@@ -32,7 +32,7 @@ class Memory(Base):
         return ("x", "pos") if self.learning else super().fields
 
     @property
-    def late(self):
+    def unturned(self):
         return self.learning
 
     def pack(self, attn, x, seg):

@@ -14,6 +14,8 @@ ATTN += [*(small("attention", joined) for joined in JOINED), "longformer:window=
 GENEROUS = plugins.names("memory")  # by default a memory holds far more than these texts
 # these sum up the past when a segment closes instead of keeping its tokens, so they never equal full attention
 FOLDS = {"compressive", "infini", "melodi", "quantised", "state", "tokens"}
+# a number between two codes falls to either side, for a last bit more or less: pieces agree to about a step of 8 bits
+ROUNDS = {"quantised"}
 # frequencies that move with the length of the text
 LENGTH_MATTERS = {"dynamic"}
 SEGMENTS = whole(T)
@@ -24,6 +26,7 @@ DOCUMENTS = [0, 3, 8, 12]
 
 name = lambda spec: spec.partition(":")[0]
 ident = lambda x: named(x) if isinstance(x, str) else None
+exact = lambda memory: 5e-3 if name(memory) in ROUNDS else 1e-4
 every = lambda what, specs, **how: pytest.mark.parametrize(what, specs, ids=how.get("ids", ident))
 
 
@@ -79,7 +82,7 @@ def test_one_layer_sees_what_the_rule_allows(attn):
 def test_pieces_equal_the_segment(memory, room, pieces):
     """At a budget that binds, and the same points of closing."""
     model = tiny(memory=memory)
-    assert apart(run(model, text(T, 2), pieces, room=room), run(model, text(T, 2), SEGMENTS)) < 1e-4
+    assert apart(run(model, text(T, 2), pieces, room=room), run(model, text(T, 2), SEGMENTS)) < exact(memory)
 
 
 @every("memory", GENEROUS)
@@ -118,7 +121,7 @@ def test_static_steps_equal_plain_ones(attn, memory):
     assert all(s == shapes[0] for s in shapes), "a static graph's shapes may not change"
     with ops.no_grad():
         y, _ = model(ops.array(tokens[:, 32:]), model.moving(step.state))
-    assert apart(np.concatenate([*got, ops.numpy(y)], 1), want) < 1e-4
+    assert apart(np.concatenate([*got, ops.numpy(y)], 1), want) < exact(memory)
 
 
 # ---------------------------------------------------------------- 3. rows and documents by themselves
@@ -133,7 +136,7 @@ def test_padded_rows_equal_the_row_alone(attn, memory):
     together = run(model, tokens, SEGMENTS)
     for row, segments in ((0, SEGMENTS), (1, [[5], [6], [8]]), (2, [[5], [8]])):
         live = tokens[row] >= 0
-        assert apart(together[row : row + 1, live], run(model, tokens[row : row + 1, live], segments)) < 1e-4
+        assert apart(together[row : row + 1, live], run(model, tokens[row : row + 1, live], segments)) < exact(memory)
 
 
 @every("attn", ATTN)
@@ -155,7 +158,7 @@ def test_a_packed_document_equals_the_document_alone(attn, memory):
         # the document's share of each segment
         segments = [[n] for i in range(0, T, 8) if (n := min(b, i + 8) - max(a, i)) > 0]
         assert apart(packed[:, a:b], run(model, tokens[:, a:b])) < 1e-4
-        assert apart(packed_in_segments[:, a:b], run(model, tokens[:, a:b], segments)) < 1e-4
+        assert apart(packed_in_segments[:, a:b], run(model, tokens[:, a:b], segments)) < exact(memory)
 
 
 @every("pos", POS)
@@ -176,7 +179,7 @@ def test_rows_of_different_length_decode_as_alone(memory):
     together = run(model, tokens, steps, room=T)
     for row, n in enumerate(lengths):
         alone = run(model, tokens[row : row + 1, tokens[row] >= 0], [[n], *steps[1:]], room=T)
-        assert apart(together[row : row + 1, tokens[row] >= 0], alone) < 1e-4
+        assert apart(together[row : row + 1, tokens[row] >= 0], alone) < exact(memory)
 
 
 # ---------------------------------------------------------------- 5. segments
@@ -248,7 +251,7 @@ def test_a_temperature_multiplies_the_logits(memory):
     for name, p in ops.parameters(longer).items():
         if "q_proj" in name:
             ops.set_parameters(longer, {name: p * 2})
-    assert apart(run(warm, text(T), SEGMENTS), run(longer, text(T), SEGMENTS)) < 1e-4
+    assert apart(run(warm, text(T), SEGMENTS), run(longer, text(T), SEGMENTS)) < exact(memory)
     assert apart(run(warm, text(T), SEGMENTS), run(tiny(memory=memory), text(T), SEGMENTS)) > 1e-2
 
 
@@ -262,4 +265,4 @@ def test_a_text_that_starts_at_a_million(pos, memory):
     model = tiny(pos=pos, memory=memory)
     begin = np.full((1, T), 2**20, "int32")
     near = run(model, text(T), SEGMENTS, begin=begin * 0)
-    assert apart(run(model, text(T), SEGMENTS, begin, at=2**20), near) < 1e-3
+    assert apart(run(model, text(T), SEGMENTS, begin, at=2**20), near) < 10 * exact(memory)

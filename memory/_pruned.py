@@ -1,0 +1,76 @@
+"""What pruned caches share: tokens are scored by the attention that they get, and each key head keeps its own.
+
+Fused attention does not give its weights away, so they are made once more, for a few queries at a time, from what attend() itself is
+given: rule, documents, biases and wider queries count. Query heads that share a key head vote together: their weights are summed.
+
+Kept tokens stay where they stood (kv_positions=absolute), or are numbered anew at each close, in order and without gaps, the newest staying
+where it is (reindex). Then keys are remembered unturned and are turned as they are seen, so that no error adds up.
+"""
+
+import ops
+from kernels import SCORES, Places
+from kernels.dense import weights
+from memory.base import Memory, blank
+
+
+def check(o):
+    if o.budget < 1:
+        raise ValueError(f"budget={o.budget} keeps nothing: it must be at least 1")
+    if o.kv_positions not in ("absolute", "reindex"):
+        raise ValueError(f"kv_positions={o.kv_positions} is not known: choose absolute or reindex")
+
+
+class Pruned(Memory):
+    heads_differ = True
+    window = 0  # so many of the newest queries are remembered, to score by when the segment closes
+
+    def __init__(self, c, o):
+        super().__init__(c, o)
+        self.size, self.renumbers = o.budget, o.kv_positions == "reindex"
+        self.unturned = self.renumbers
+
+    def attend(self, attn, q, seg, s):
+        y, s = super().attend(attn, q, seg, s)
+        return y, self.remember(q, seg, s) if self.window else s
+
+    def remember(self, q, seg, s):
+        """The newest `window` queries of each row, unturned, and where they and their documents stand: q, q_at, q_begin."""
+        n, at = self.window, seg.at.at
+        new = {"q": ops.stop(q), "q_at": at, "q_begin": at * 0 if seg.begin is None else seg.begin}
+        new = {f: ops.cat([s[f] if f in s else blank(f, a, n), a], 2) for f, a in new.items()}
+        if seg.at.first is not None:
+            return {**s, **{f: a[:, :, -n:] for f, a in new.items()}}
+        # rows may end in padding
+        keep = ops.top(new["q_at"], n)
+        return {**s, **{f: ops.take(a, keep) for f, a in new.items()}}
+
+    def looked(self, attn, seg, s):
+        """The weight that each slot in use gets from the remembered queries, [B, K, N] float32."""
+        q = seg.position.queries(s["q"], seg.position.again(s["q_at"], seg.turn))
+        k, _, slots = self.seen(attn, s["q"], seg, s)
+        return self.total(attn, seg, q, k, slots, Places(s["q_at"]), s["q_begin"])
+
+    def total(self, attn, seg, q, k, slots, at, begin):
+        """The weights that queries [B, H, T, D] give to slots, summed over queries and over the query heads of each key head."""
+        (B, H, T, _), (K, N), total = q.shape, k.shape[1:3], None
+        n = max(1, SCORES // (B * H * N))
+        for a in range(0, T, n):
+            some, docs = Places(at.at[:, :, a : a + n]), None if begin is None else begin[:, :, a : a + n]
+            p = weights(ops.after(q[:, :, a : a + n], total), k, some, slots, attn.rule, docs, **self.how(seg))
+            p = ops.stop(p).reshape(B, K, -1, N).sum(2)
+            total = p if total is None else total + p
+        return total
+
+    def forget(self, attn, seg, s):
+        newest = ops.amax(ops.amax(s["pos"], 2), 1)
+        s = super().forget(attn, seg, s)
+        if not self.renumbers:
+            return s
+        live = s["pos"] >= 0
+        first = newest + 1 - ops.cast(live, ops.int32).sum(-1)[..., None]
+        return {**s, "pos": ops.where(live, ops.cast(first, ops.int32) + ops.arange(live.shape[2], live), -1)}
+
+
+def ranked(score, pos):
+    """Scores that are at least 0, and of tokens that nobody looks at the newest first. pos: [B, 1 or K, N]"""
+    return ops.where(score > 0, score, ops.cast(pos - ops.amax(pos, 2) - 1, ops.float32))

@@ -1,0 +1,134 @@
+"""Keys and values in 8 or 4 bits (in the manner of KIVI, Liu et al. 2024, arXiv:2402.02750), under the budget of another memory.
+
+    Q(x) = round((x - z) / s), z = min x, s = (max x - min x) / (2^bits - 1)    (x' = Q(x) s + z), over a group of channels of a token
+
+s and z are float16: at 32 channels 5 bits a number, or 9. As in KIVI what is newest stays exact: here the open segment. When it closes,
+it is quantised, once and for all. KIVI groups keys by channel over 32 tokens, and values by token; here both are grouped by token, for
+tokens are forgotten one by one; an outlying channel spoils no more than its own group. Keys are quantised before they are turned by
+their positions (as in KVQuant, arXiv:2401.18079) and turned each time they are seen: what they lose does not depend on where they stand.
+KIVI's kernels read the codes; here a layer's codes are made floats for as long as it attends: the state is small, a layer at work is not.
+
+Which tokens stay is another memory's choice, `keep`, with its own defaults: quantised:bits=4,keep=snapkv,budget=4096.
+"""
+
+import functools
+
+import ops
+import plugins
+from memory.base import Memory as Base
+from memory.base import blank
+
+POLICIES = ("window", "h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv")
+CODES = ("k_code", "k_scale", "v_code", "v_scale")
+
+
+class Options:
+    budget: int = 4096  # tokens kept
+    bits: int = 8  # or 4
+    channels: int = 32  # neighbours that share s and z
+    keep: str = "window"
+    layer: int = 0
+    n_layer: int = 1
+
+
+def policy(o):
+    """The module of the memory that chooses, and its Options."""
+    module = plugins.load("memory", o.keep)
+    here = {f: getattr(o, f) for f in ("budget", "layer", "n_layer") if f in module.Options.__dataclass_fields__}
+    return module, module.Options(**here)
+
+
+def check(o):
+    if o.bits not in (4, 8):
+        raise ValueError(f"bits={o.bits} is not known: choose 4 or 8")
+    if o.channels < 1:
+        raise ValueError(f"channels={o.channels}: a group has at least 1")
+    if o.keep not in POLICIES:
+        raise ValueError(f"keep={o.keep} is not known: choose one of {', '.join(POLICIES)}")
+    module, inner = policy(o)
+    module.check(inner)
+
+
+class Memory(Base):
+    """A state holds the open segment as any other does, and under "past" what was kept before: codes, and the other fields as they are."""
+
+    def __new__(cls, c, o, *rest):
+        return super().__new__(over(cls, policy(o)[0].Memory))
+
+    def __init__(self, c, o):
+        super().__init__(c, policy(o)[1])
+        if c.head_dim % o.channels or c.head_dim % 2:
+            raise ValueError(f"channels={o.channels} must divide head_dim={c.head_dim}, which must be even")
+        self.bits, self.channels, self.unturned = o.bits, o.channels, True
+
+    def start(self, segment, total):
+        return {"n": 0, "first": None, "capacity": segment}
+
+    def attend(self, attn, q, seg, s):
+        if "past" not in s:
+            return super().attend(attn, q, seg, s)
+        y, t = super().attend(attn, q, seg, self.whole(s))
+        # what the policy noted of each slot goes back to where it came from
+        n, noted = s["past"]["pos"].shape[2], [f for f in self.fields if f in s and f not in ("k", "v", "pos")]
+        past = {**s["past"], **{f: t[f][:, :, :n] for f in noted}}
+        here = {f: ops.cat([t[f][:, :, n:], s[f][:, :, t[f].shape[2] - n :]], 2) for f in noted}
+        return y, {**t, **{f: s[f] for f in ("k", "v", "pos", "n", "first")}, **here, "past": past}
+
+    def close(self, attn, seg, s):
+        t = self.whole(s)
+        for f, a in self.encoded(self.used(s)).items():
+            t[f] = ops.cat([s["past"][f], a], 2) if "past" in s else a
+        t = super().close(attn, seg, {**t, "capacity": 0})
+        past = {f: t[f] for f in self.fields if f not in ("k", "v")}
+        open_ = {f: s[f][:, :, :0] if f in self.fields else a for f, a in t.items() if f not in CODES}
+        return self.make_room({**open_, "past": past, "n": s["n"] * 0, "first": None, "capacity": s["capacity"]})
+
+    def still(self, s):
+        """A static graph has every slot of the past from the beginning."""
+        s = self.make_room(s)
+        like = {**s, **self.encoded({f: s[f][:, :, :1] for f in "kv"})}
+        none = {f: a[:, :, :0] for f, a in like.items() if f in self.fields and f not in ("k", "v")}
+        past = {f: ops.cat([a, blank(f, like[f], self.size - a.shape[2])], 2) for f, a in s.get("past", none).items()}
+        return super().still({**s, "past": past})
+
+    def encoded(self, s):
+        """The codes and scales of s["k"] and s["v"], by their fields."""
+        return dict(zip(CODES, (*encode(s["k"], self.bits, self.channels), *encode(s["v"], self.bits, self.channels))))
+
+    def whole(self, s):
+        """Past and segment as one state of the policy's, every slot in use."""
+        used, past = self.used(s), s.get("past")
+        if past is None:
+            return {**used, "n": used["pos"].shape[2]}
+        old = {**past, **{f: decode(past[f"{f}_code"], past[f"{f}_scale"], self.bits, used[f].dtype) for f in "kv"}}
+        both = {f: ops.cat([old[f], used[f]], 2) for f in self.fields if f in used}
+        return {**used, **both, "n": both["pos"].shape[2], "first": None}
+
+
+@functools.cache
+def over(kind, chooses):
+    """The class `kind` on top of the policy's own."""
+    return type("Memory", (kind, chooses), {"fields": (*chooses.fields, *CODES)})
+
+
+def encode(x, bits, channels):
+    """[..., D] -> codes uint8 [..., D * bits / 8], and s and z of each group float16 [..., 2 D / channels]."""
+    x = ops.stop(ops.cast(x, ops.float32))
+    groups = x.reshape(*x.shape[:-1], -1, channels)
+    top, low = ops.amax(groups, -1), -ops.amax(-groups, -1)
+    scale = (top - low) / (2**bits - 1)
+    # as they will be read
+    scale, low = (ops.cast(ops.cast(a, ops.float16), ops.float32) for a in (ops.where(scale < 1e-6, 1e-6, scale), low))
+    code = ops.minimum(ops.nearest((groups - low) / scale), 2**bits - 1)
+    code = ops.cast(ops.where(code < 0, 0, code), ops.int32).reshape(x.shape)
+    code = code[..., ::2] + 16 * code[..., 1::2] if bits == 4 else code
+    return ops.cast(code, ops.uint8), ops.cast(ops.cat([scale, low], -2)[..., 0], ops.float16)
+
+
+def decode(code, scale, bits, dtype):
+    code = ops.cast(code, ops.int32)
+    if bits == 4:
+        code = ops.cat([(code % 16)[..., None], (code // 16)[..., None]], -1)
+    s, z = ops.split(ops.cast(scale, ops.float32)[..., None], 2, -2)
+    x = ops.cast(code, ops.float32).reshape(*scale.shape[:-1], s.shape[-2], -1) * s + z
+    return ops.cast(x.reshape(*scale.shape[:-1], -1), dtype)
