@@ -17,10 +17,3 @@ class Memory(Base):
     def __init__(self, c, o):
         super().__init__(c, o)
         self.size = o.budget
-
-    def forget(self, attn, seg, s):
-        if s["first"] is None or seg.begin is not None:
-            return super().forget(attn, seg, s)
-        # what stays is consecutive, and attention is faster where the host knows it
-        kept = {f: s[f][:, :, -self.size :] for f in self.fields}
-        return {**s, **kept, "n": self.size, "first": s["first"] + s["n"] - self.size}

@@ -218,19 +218,6 @@ def test_a_window_needs_window_minus_one_slots(size, same, segments):
     assert d < 1e-4 if same else d > 1e-3
 
 
-def test_a_window_stays_consecutive_where_the_host_knows():
-    """So attention may go block by block; documents and padding leave holes, of which nothing is known."""
-    model = tiny(memory="window:budget=5")
-    for more, known in (({}, 19), ({"begin": ops.array(np.repeat([[0] * 4 + [4] * 4], 1, 0).astype("int32"))}, None)):
-        state, T = model.start(), 24
-        with ops.no_grad():
-            for i in range(0, T, 8):
-                _, state = model(ops.array(text(T)[:, i : i + 8]), state, **more)
-        s = state["layers"][0]
-        assert s["first"] == known and s["n"] == s["pos"].shape[2] == 5
-        assert known is None or ops.numpy(s["pos"]).tolist() == [[[19, 20, 21, 22, 23]]]
-
-
 def segmented_loss(model, tokens, segments):
     """Mean loss of the next tokens and every gradient, through the memory where segments are given."""
     x, y, lengths = ops.array(tokens[:, :-1]), ops.array(tokens[:, 1:]), [n for segment in segments for n in segment]
