@@ -198,7 +198,7 @@ class Block(Module):
     def forward(self, x, seg, s):
         y, s = self.self_attn(self.input_layernorm(x), seg, s)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), s
+        return self.self_attn.memory.leave(self, x + self.mlp(self.post_attention_layernorm(x)), seg, s)
 
 
 class Decoder(Module):

@@ -41,14 +41,15 @@ class Beside(Memory):
         """[H, 1, 1]; tanh(x) = 2 sigmoid(2x) - 1."""
         return 2 * ops.sigmoid(2 * self.gain * ops.cast(self.beta.weight, ops.float32)[..., None]) - 1 if self.closed else 1.0
 
-    def stand(self, attn, x, seg, s):
-        """The state with the segment's own tokens x [B, M, C], normed as a layer's input is, in the place of what stood beside."""
-        (k, v), pos = attn.kv(x), seg.at.at
-        new = {"k": k if seg.position.late else seg.keys(k), "v": v, "pos": pos}
-        if "side" in s:
-            # rows with nothing new keep what they had
-            new = {f: ops.where(pos >= 0 if f == "pos" else (pos >= 0)[..., None], a, s["side"][f]) for f, a in new.items()}
-        return {**s, "side": new}
+    def stand(self, attn, x, seg, s, pos=None):
+        """The state with vectors x [B, M, C], normed as a layer's input is, in the place of what stood beside. pos [B, 1, M]: where they
+        stand; None: they are the segment's tokens. Rows at -1 keep what they had."""
+        pos = seg.at.at if pos is None else pos
+        return {**s, "side": renewed(s.get("side"), self.standing(attn, x, seg, pos))}
+
+    def standing(self, attn, x, seg, pos):
+        k, v = attn.kv(x)
+        return {"k": k if seg.position.late else seg.keys(k, pos), "v": v, "pos": pos}
 
     def look(self, attn, q, k, v, slots, seg, s):
         if "side" not in s:
@@ -60,17 +61,25 @@ class Beside(Memory):
         w = (self.gate() * w[..., None]) * ops.cast(there > -1e29, ops.float32)[..., None]
         return ops.cast(ops.cast(y, ops.float32) * (1 - w) + w * ops.cast(z, ops.float32), y.dtype)
 
-    def aside(self, attn, q, seg, side):
-        """Attention over what stands beside, and its log-sum-exp."""
+    def aside(self, attn, q, seg, side, felt=True):
+        """Attention over what stands beside, and its log-sum-exp. felt: are distances felt? Else neither queries nor keys are turned."""
         pos = side["pos"]
-        k = seg.keys(side["k"], pos) if seg.position.late else side["k"]
-        how = {**self.how(seg), "always": 0, "opening": 0}
+        k = seg.keys(side["k"], pos) if felt and seg.position.late else side["k"]
+        how = {"scale": self.how(seg)["scale"], "bias": seg.bias if felt else None}
         return attend(q, k, side["v"], seg.at, Places(pos), self.everything, seg.begin, **how, lse=True)
 
-    def with_side(self, s, n):
+    def with_side(self, s, n, name="side"):
         """The state with room for n vectors beside the slots."""
-        if "side" in s:
+        if name in s:
             return s
         B, K, _, D = s["v"].shape
         k = ops.full((B, K, n, D), 0.0, s["v"].dtype, s["v"])
-        return {**s, "side": {"k": k, "v": k, "pos": ops.full((B, 1, n), -1, ops.int32, s["v"])}}
+        return {**s, name: {"k": k, "v": k, "pos": ops.full((B, 1, n), -1, ops.int32, s["v"])}}
+
+
+def renewed(old, new):
+    """A side, and those of its rows that have nothing new as they were."""
+    if old is None:
+        return new
+    live = new["pos"] >= 0
+    return {f: ops.where(live if f == "pos" else live[..., None], a, ops.cast(old[f], a.dtype)) for f, a in new.items()}

@@ -48,7 +48,7 @@ class Memory(Module):
         """[B, 1 or K, N]: the `size` slots of highest rank stay. Default: the newest."""
         return ops.cast(s["pos"], ops.float32)
 
-    # the four moments: start, write, attend, close
+    # the moments: start, write, attend, close, and leave, behind the block
 
     def start(self, segment, total):
         """Nothing remembered yet. segment: the most tokens that come between closes; total: the most that come at all."""
@@ -110,6 +110,10 @@ class Memory(Module):
                 s = {**s, "pos": ops.where(s["pos"] < seg.begin[..., -1:], -1, s["pos"])}
             s = self.forget(attn, seg, s)
         return self.make_room(s)
+
+    def leave(self, block, x, seg, s):
+        """What the block made of the segment's tokens, [B, T, C], on its way to the next one, and the state."""
+        return x, s
 
     def forget(self, attn, seg, s):
         """The best `size` slots, in order of position, empty ones last."""
@@ -206,8 +210,9 @@ class Around(Module):
         return ops.where(live, pos, -1), ops.cast(live, n.dtype)[:, 0, 0]
 
     def inputs(self, s):
-        """The vectors that follow a segment: those of the last close, unless its document is over."""
-        return ops.where(s["newest"] < s["begin"], self.vectors.weight[None], ops.cast(s["h"], self.vectors.weight.dtype))
+        """The vectors that follow a segment: where they are read, those of the last close, unless its document is over."""
+        first = self.vectors.weight[None]
+        return ops.where((s["newest"] >= s["begin"]) & self.read, ops.cast(s["h"], first.dtype), first)
 
     def after(self, h, pos, s, alike):
         """The state after a close, h [B, size, C] being what came of the vectors, the last time at pos [B, 1, size]. alike: do all rows
