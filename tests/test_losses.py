@@ -1,0 +1,27 @@
+"""Losses made in chunks are the losses."""
+
+import numpy as np
+import pytest
+from conftest import text, tiny
+
+import ops
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_in_chunks_they_are_the_same(tied):
+    """And their gradients, though no [T, V] is held: of rows of 23 tokens, 2 of them, 7 or 10 tokens a chunk, documents and padding too."""
+    model = tiny(tie_word_embeddings=tied)
+    tokens = text(24, 2)
+    targets = np.where(np.arange(24) % 5 == 3, -1, np.roll(tokens, -1, 1)).astype("int32")
+    x, y = ops.array(tokens), ops.array(targets)
+    loss = lambda: model(x, targets=y).sum()
+    want, gradients = ops.value_and_grad(model, loss)
+    try:
+        for model.chunk in (14, 21, 2, 48, 999):
+            got, mine = ops.value_and_grad(model, loss)
+            assert abs(got.item() / want.item() - 1) < 1e-6
+            for name, g in gradients.items():
+                assert np.abs(ops.numpy(mine[name]) - ops.numpy(g)).max() < 1e-5 * np.abs(ops.numpy(g)).max(), name
+    finally:
+        model.chunk = None
+    np.testing.assert_allclose(ops.numpy(model(x, targets=y)), ops.numpy(ops.cross_entropy(model(x), y)), atol=1e-5)
