@@ -194,11 +194,21 @@ class Block(Module):
         self.self_attn = Attention(c, rule, memory)
         self.post_attention_layernorm = ops.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
+        self.tile = None  # training: tokens that the MLP takes at once; None: all
 
     def forward(self, x, seg, s):
         y, s = self.self_attn(self.input_layernorm(x), seg, s)
         x = x + y
-        return self.self_attn.memory.leave(self, x + self.mlp(self.post_attention_layernorm(x)), seg, s)
+        x = x + tiled(lambda x, norm, mlp: mlp(norm(x)), self.tile, [x], self.post_attention_layernorm, self.mlp)
+        return self.self_attn.memory.leave(self, x, seg, s)
+
+
+def tiled(f, n, arrays, *modules):
+    """f(*arrays, *modules) over [B, T, ...], n tokens at a time, each tile made once more in the backward pass; n None: all at once."""
+    T = arrays[0].shape[1]
+    if not n or n >= T:
+        return f(*arrays, *modules)
+    return ops.cat([ops.checkpoint(f, *(a[:, i : i + n] for a in arrays), *modules) for i in range(0, T, n)], 1)
 
 
 class Decoder(Module):
@@ -263,10 +273,8 @@ class Llama(Module):
     def losses(self, x, targets):
         """Loss of each target in nats, [B, T] float32, 0 where it is negative: x [B, T, C]. A chunk's logits are made once more in the
         backward pass, so that no [T, V] is ever held."""
-        T, n = x.shape[1], max(1, (self.chunk or x.shape[0] * x.shape[1]) // x.shape[0])
-        run = ops.checkpoint if n < T else ops.call
-        parts = [run(losses, x[:, i : i + n], targets[:, i : i + n], self.model.norm, self.readout) for i in range(0, T, n)]
-        return ops.cat(parts, 1) if n < T else parts[0]
+        n = self.chunk and max(1, self.chunk // x.shape[0])
+        return tiled(losses, n, [x, targets], self.model.norm, self.readout)
 
     def start(self, segment=0, total=0):
         """Nothing remembered yet. segment, total: the most tokens that will come piece by piece between closes, and at all;

@@ -53,10 +53,10 @@ COMMON = {
     "loss_chunk": 2048,
 }
 UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "device", "dtype", "segment", "bptt", "min_lr")
-UNSET += ("eval_every", "save_every", "out")
+UNSET += ("eval_every", "save_every", "out", "mlp_tile")
 POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk")
 # what a resumed run may change: nothing that moves its losses
-FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload", "loss_chunk"}
+FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload", "loss_chunk", "mlp_tile"}
 
 
 # tokenised texts, used again by every run
@@ -89,6 +89,9 @@ def parse(argv=None):
     p.add_argument("--seed", type=int)
     p.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, a third slower")
     p.add_argument("--loss-chunk", type=cli.whole, metavar="TOKENS", help="logits of so many tokens exist at once (default 2048)")
+    p.add_argument(
+        "--mlp-tile", type=cli.whole, metavar="TOKENS", help="an MLP takes so many tokens at once: less memory, a third forward of it"
+    )
     p.add_argument("--eval-every", type=cli.whole, metavar="STEPS", help="default: a quarter of --steps")
     p.add_argument("--valid-rows", type=cli.whole, metavar="ROWS", help="held-out rows that a validation reads, always the same ones")
     p.add_argument("--save-every", type=cli.whole, metavar="STEPS", help="default: --eval-every")
@@ -133,6 +136,8 @@ def settle(given):
             raise Refused(f"{flag(k)} {a[k]} is not possible: it must be from 0 to {top:g}")
     if a["batch"] % a["micro"]:
         raise Refused(f"--batch {a['batch']} is no multiple of --micro {a['micro']}: choose a --micro that divides it")
+    if a["mlp_tile"] is not None and a["mlp_tile"] < 1:
+        raise Refused(f"--mlp-tile {a['mlp_tile']} is not possible: it must be above 0")
     if a["segment"] is None and (a["bptt"] is not None or a["offload"]):
         raise Refused(f"--{'offload' if a['offload'] else 'bptt'} is about the boundaries between segments: give --segment too")
     if a["segment"] is not None and not 0 < a["segment"] < a["length"]:
@@ -205,6 +210,8 @@ def build(a, config, source, fresh):
     if tokenizer.vocab_size > config.vocab_size:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} tokens, but the config's vocab_size is {config.vocab_size}")
     model.dtype, model.model.run, model.chunk = llama.as_dtype(a.dtype), ops.checkpoint if a.checkpoint else ops.call, a.loss_chunk
+    for block in model.model.layers:
+        block.tile = a.mlp_tile
     named, observers = ops.parameters(model), tuple(model.observers())
     observed = {n for n in named if n.startswith(observers)}
     frozen = {n: p for n, p in named.items() if n not in observed and not adapter.module.trains(n, adapter.options)}
