@@ -96,6 +96,7 @@ def test_the_gradient_is_that_of_the_whole_row(attn, memory, packed, learning):
 
 
 RECURRENT = ["tokens:size=3", "tokens:size=2,keep=window,budget=4", "state:size=3", "state:size=3,cell=mlp", "melodi:short=3,long=2"]
+RECURRENT += ["summary:k=2,chunks=2"]
 
 
 @pytest.mark.parametrize("memory", RECURRENT, ids=str)
