@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import plugins
+import rundir
 from errors import Refused
 
 
@@ -76,3 +77,16 @@ def load(args):
 def say(text):
     """A remark for the person at the terminal; standard output is for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def write(path, fill):
+    """A file written by fill(a path beside it): there whole or not at all. Raises Refused."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        fill(partial)
+        rundir.sync(partial)
+        os.replace(partial, path)
+    except OSError as no:
+        raise Refused(f"{path} could not be written: {no.strerror or no}") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -399,8 +399,10 @@ def read_safetensors(path):
     return safetensors.torch.load_file(path, device=str(device()))
 
 
-def write_safetensors(path, arrays):
-    safetensors.torch.save_file({k: v.detach().contiguous() for k, v in arrays.items()}, path, metadata={"format": "pt"})
+def write_safetensors(path, arrays, metadata=None):
+    """metadata: more strings by name, for the file's head."""
+    arrays = {k: v.detach().contiguous() for k, v in arrays.items()}
+    safetensors.torch.save_file(arrays, path, metadata={"format": "pt", **(metadata or {})})
     # the library leaves the file to its owner alone
     os.chmod(path, 0o644)
 

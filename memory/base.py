@@ -117,6 +117,10 @@ class Memory(Module):
         n = size if isinstance(s["n"], int) else ops.minimum(s["n"], size)
         return {**s, **{f: ops.take(s[f], keep) for f in self.fields if f in s}, "n": n, "first": None}
 
+    def cut(self, s, n):
+        """The state, as a call left it, as it was after the text's first n tokens; None where what was forgotten cannot come back."""
+        return self.used({**s, "n": n}) if self.size is None else None
+
     def still(self, s):
         """The same state for a static graph: every slot allocated, and counters that the graph can hold."""
         return {**self.make_room(s), "n": ops.scalar(s["n"]), "first": None}
