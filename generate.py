@@ -259,7 +259,7 @@ def remember(session, tokenizer, args, encode, file, question):
         n = cache.resume(args.cache, session, tokenizer, tokens)
         return cli.say(f"[{args.cache}: {n} of {len(tokens)} tokens need not be read]")
     # tokens may reach over the seam: the file's are those that stay whatever is asked after it
-    others = [encode(join(file, x)) for x in ("", "A", " a")]
+    others = [encode(join(file, x)) for x in ("", "A")]
     n = min(cache.common(tokens, *others), len(others[0]) - 1)
     if n < 1:
         raise Refused(f"--prompt-file {args.prompt_file} is too short to be worth a cache: leave --cache out")

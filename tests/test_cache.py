@@ -229,10 +229,12 @@ def test_questions_about_a_file(folder, monkeypatch, capsys, flags):
         assert other == ask(" Where is it?")[0]
 
 
-def test_the_file_alone(folder, monkeypatch, capsys):
-    """Without a question the text itself is gone on with."""
-    outs = [typed(folder, monkeypatch, capsys, "--memory", "sinks:budget=40", "--cache", folder / "a.cache")[0] for _ in range(2)]
-    assert outs[0] == outs[1]
+@pytest.mark.parametrize("flags", [[], ["--chat"]], ids=["text", "chat"])
+def test_the_file_alone(folder, monkeypatch, capsys, flags):
+    """Without a question the text itself is gone on with, and questions may come later."""
+    flags = [*flags, "--memory", "sinks:budget=40", "--cache", folder / "a.cache"]
+    outs = [typed(folder, monkeypatch, capsys, *flags, *more)[0] for more in ((), (), ("--prompt", "Who?"))]
+    assert outs[0] == outs[1] != outs[2]
 
 
 def test_refused_before_anything_loads(folder, monkeypatch, capsys):
