@@ -111,7 +111,7 @@ def resume(path, session, tokenizer, tokens):
         if n and None in cut:
             what = f"{path} holds {len(held)} tokens, of which this prompt begins with {n}, and --memory {session.model.config.memory}"
             raise Refused(f"{what} cannot go back to them: give --cache another name, or a prompt that begins with all of them")
-        state = {"next": n, "layers": cut}
+        state = {**state, "next": n, "layers": cut}
     if n:
         session.resume(tokens[:n], state)
     return n

@@ -42,7 +42,7 @@ class Session:
     def resume(self, tokens, state):
         """Go on from a state that was left behind by these tokens."""
         self.restart()
-        fresh = self.model.start(self.segment)["layers"]
+        fresh = self.model.start(self.segment, read=state.get("read", 0))["layers"]
         # room depends on what is to come
         layers = [{**s, "capacity": new["capacity"]} for s, new in zip(state["layers"], fresh)]
         self.tokens, self.state = list(tokens), {**state, "layers": layers}
@@ -52,7 +52,7 @@ class Session:
         tokens = np.asarray(tokens, np.int32)
         if self.run:
             self.state, self.run = self.model.moving(self.run.state) if self.graph else self.run.state, None
-        self.state = self.state or self.model.start(self.segment)
+        self.state = self.state or self.model.start(self.segment, read=len(tokens))
         for s, endless in zip(self.state["layers"], self.endless):
             # what forgets nothing is allocated once for all that is to come
             s["capacity"] = max(s["capacity"], s["n"] + len(tokens) + room) if endless else s["capacity"]

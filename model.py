@@ -253,10 +253,22 @@ class Llama(Module):
         x = self.model.norm(x)
         return ops.cast(self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x), ops.float32)
 
-    def start(self, segment=0, total=0):
+    def start(self, segment=0, total=0, read=0):
         """Nothing remembered yet. segment, total: the most tokens that will come piece by piece between closes, and at all;
-        with them known, caches are allocated once."""
-        return {"next": 0, "layers": [block.self_attn.memory.start(segment, total) for block in self.model.layers]}
+        with them known, caches are allocated once. read: the text that a memory's budget may be a share of has so many; 0: total."""
+        memories = [block.self_attn.memory for block in self.model.layers]
+        share = {"read": read or total} if any(plugins.is_share(memory.given) for memory in memories) else {}
+        if share == {"read": 0}:
+            of = f"--memory {self.config.memory} is a share of a text, and here nobody knows how long the text will be"
+            raise Refused(f"{of}: give its budget in tokens")
+        self.settle(share)
+        return {"next": 0, "layers": [memory.start(segment, total) for memory in memories], **share}
+
+    def settle(self, state):
+        """Budgets that are shares become tokens of the state's text."""
+        if "read" in state:
+            for block in self.model.layers:
+                block.self_attn.memory.settle(state["read"])
 
     def forward(self, tokens, state=None, begin=None, padded=False, close=True, last=None):
         """Logits of a whole text, or of the next piece of one.
@@ -268,14 +280,15 @@ class Llama(Module):
         Returns logits [B, T, V] float32, and with a state the new state.
         """
         alone = state is None
-        state = self.start() if alone else state
+        state = self.start(read=tokens.shape[1]) if alone else state
+        self.settle(state)
         pos, count = self.number(tokens, state["next"], padded)
         at = Places(pos, state["next"] if isinstance(state["next"], int) and not padded else None)
         x = self.model.embed_tokens(ops.where(tokens < 0, 0, tokens) if padded else tokens)
         x = x if self.dtype is None else ops.cast(x, self.dtype)
         x, layers = self.model(x, at, None if begin is None else begin[:, None], close and not alone, state["layers"])
         logits = self.run(self.head, x if last is None else x[:, -last:])
-        return logits if alone else (logits, {"next": state["next"] + count, "layers": layers})
+        return logits if alone else (logits, {**state, "next": state["next"] + count, "layers": layers})
 
     def number(self, tokens, start, padded):
         """Positions [B, 1, T] of tokens that follow `start` others, and how many they are."""
@@ -300,15 +313,16 @@ class Llama(Module):
 
     def still(self, state):
         """The same state with static shapes and no number that only the host knows: for a step that is one graph."""
+        self.settle(state)
         layers = [block.self_attn.memory.still(s) for block, s in zip(self.model.layers, state["layers"])]
         n = state["next"]
-        return {"next": ops.scalar(n) if isinstance(n, int) else n, "layers": layers}
+        return {**state, "next": ops.scalar(n) if isinstance(n, int) else n, "layers": layers}
 
     def moving(self, state):
         """The inverse of still: counters as the host's own ints again, where all rows are alike."""
         layers = [{**s, "n": ops.host(s["n"])} for s in state["layers"]]
         n = state["next"]
-        return {"next": ops.host(n) if len(n.shape) == 0 else n, "layers": layers}
+        return {**state, "next": ops.host(n) if len(n.shape) == 0 else n, "layers": layers}
 
     def init(self, seed=0, std=0.02):
         """Random weights, the same on every backend: normal of width std, norms 1, biases 0. Mechanisms' own begin as they say."""

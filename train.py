@@ -172,6 +172,8 @@ def config_of(a, source):
 def reach(model, a):
     """--bptt for this model: as asked for, or as far as its memories let gradients flow. Raises Refused for what cannot be."""
     c, memories = model.config, [block.self_attn.memory for block in model.model.layers]
+    if any(plugins.is_share(memory.given) for memory in memories):
+        raise Refused(f"--memory {c.memory} is a share of a text, and training reads rows of many: give its budget in tokens")
     if any(memory.whole_rows for memory in memories):
         raise Refused(f"--attn {c.attn} chooses among the tokens of a whole row: train without --segment, or give it assign=argmax")
     if not all(memory.cuts for memory in memories):
@@ -223,7 +225,7 @@ def loss_and_seen(model, batch, total):
     seen = []
 
     def watched(tokens, begin):
-        logits, state = model(tokens, model.start(), begin=begin, close=False)
+        logits, state = model(tokens, model.start(read=tokens.shape[1]), begin=begin, close=False)
         seen.extend(s["seen"] for s in state["layers"] if "seen" in s)
         return logits
 

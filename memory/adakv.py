@@ -31,9 +31,9 @@ def check(o):
 
 
 class Memory(Snap):
-    def __init__(self, c, o):
-        super().__init__(c, o)
-        self.size = int(o.budget * min(o.widest, c.num_key_value_heads))
+    @property
+    def size(self):
+        return int(self.o.budget * min(self.o.widest, self.c.num_key_value_heads))
 
     @property
     def enough(self):

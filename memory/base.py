@@ -11,6 +11,7 @@ Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
 """
 
 import ops
+import plugins
 from kernels import Places, attend
 from ops import Module
 
@@ -18,7 +19,7 @@ from ops import Module
 class Memory(Module):
     """The policy of one layer. c: Config; o: the policy's Options. A file usually overrides `size` and `rank`, or pack/unpack."""
 
-    size = None  # slots that survive a close; None: all of them
+    size = None  # slots that survive a close; None: all of them. What follows from a budget is a property: see settle()
     always = 0  # that many leading slots are exempt from the attention pattern,
     opening = 0  # and so are the first so many tokens of each document
     heads_differ = False  # does each key head remember tokens of its own?
@@ -31,7 +32,11 @@ class Memory(Module):
 
     def __init__(self, c, o):
         super().__init__()
-        self.c, self.o = c, o
+        self.c, self.o, self.given = c, o, o
+
+    def settle(self, read):
+        """A budget that is a share becomes tokens: of a text of `read` tokens."""
+        self.o = plugins.in_tokens(self.given, read)
 
     # the policy: what is stored of a token, its inverse, and which slots outlive the segment
 

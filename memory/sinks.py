@@ -29,7 +29,11 @@ class Memory(Base):
 
     def __init__(self, c, o):
         super().__init__(c, o)
-        self.size, self.always, self.opening = o.budget, o.sinks, o.sinks
+        self.always = self.opening = o.sinks
+
+    @property
+    def size(self):
+        return self.o.budget
 
     def pack(self, attn, x, seg):
         # born: where the token really stood; pos: where it is felt to stand

@@ -1,13 +1,16 @@
 """Pruned caches as their papers have them: caches of plain Python lists, filled token by token in float64, and what must stay bounded."""
 
+import re
+
 import numpy as np
 import pytest
-from conftest import apart, run, text, tiny, weights, whole
+from conftest import apart, run, small, text, tiny, weights, whole
 from test_mechanisms import segmented_loss
 
 import ops
 import plugins
 from errors import Refused
+from generate import Session
 from model import Llama
 
 PRUNED = ["h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv"]
@@ -363,6 +366,62 @@ def test_scores_in_parts(monkeypatch):
         assert apart(run(tiny(memory=spec), text(40, 2), whole(40)), y) < 1e-4
 
 
+# ---------------------------------------------------------------- shares
+
+BUDGETED = [name for name in plugins.names("memory") if "budget" in plugins.load("memory", name).Options.__dataclass_fields__]
+
+
+def shared(name, budget):
+    """The tiny spelling of a memory with another budget."""
+    return re.sub("budget=[0-9]+", f"budget={budget}", small("memory", name))
+
+
+@every("name", BUDGETED)
+def test_a_share_is_so_many_tokens(name):
+    """0.3 of 40 tokens are 12, in what comes out and in what is held; texts of other lengths in between change nothing."""
+    some, tokens, other = (tiny(memory=shared(name, b)) for b in (0.3, 12, 6))
+    assert shared(name, 0.3) == str(plugins.parse("memory", shared(name, 0.3)))
+    want = run(tokens, text(40), whole(40), room=40)
+    assert (run(some, text(40), whole(40), room=40) == want).all()
+    assert apart(run(other, text(40), whole(40), room=40), want) > 1e-2
+    a, b = (Session(model, chunk=8, segment=4) for model in (some, tokens))
+    between = Session(some, chunk=8, segment=4)
+    for i, part in enumerate((text(40)[0], [7], text(9)[0])):
+        assert apart(ops.numpy(a.read(part, 9)), ops.numpy(b.read(part, 9))) < 1e-5
+        between.read(text(11 + i)[0], 3)
+        for token in text(9)[0].tolist():
+            assert apart(ops.numpy(a.step(token)), ops.numpy(b.step(token))) < 1e-5
+            between.step(3) if i == 2 and token % 3 == 0 and between.room else None
+    assert a.nbytes() == b.nbytes() != between.nbytes()
+
+
+@every("n", range(1, 9))
+@every("name", BUDGETED)
+def test_a_share_of_hardly_anything(name, n):
+    """A budget is never smaller than the memory's other options allow."""
+    made = Session(tiny(memory=shared(name, 0.01)), chunk=8, segment=2)
+    assert np.isfinite(ops.numpy(made.read(text(n)[0], 12))).all()
+    assert all(np.isfinite(ops.numpy(made.step(3))).all() for _ in range(12))
+    smallest = {"sinks": 3, "snapkv": 6, "pyramidkv": 6, "adakv": 6}.get(name, 1)
+    assert made.model.model.layers[0].self_attn.memory.o.budget == smallest
+
+
+def test_shares_are_the_papers():
+    """PyramidKV's layers share 0.25 of 800 tokens, Ada-KV's slots are twice as many."""
+    model = tiny(memory="pyramidkv:budget=0.25,window=20", layers=5)
+    model.start(read=800)
+    assert [b.self_attn.memory.size for b in model.model.layers] == [
+        b.self_attn.memory.size for b in tiny(memory="pyramidkv:budget=200,window=20", layers=5).model.layers
+    ]
+
+
+def test_a_share_of_an_unknown_length_is_refused():
+    model = tiny(memory="full/snapkv:budget=0.25")
+    with pytest.raises(Refused, match="give its budget in tokens"):
+        model.start()
+    assert apart(run(model, text(20)), run(tiny(), text(20))) < 1e-5, "a whole text forgets nothing"
+
+
 # ---------------------------------------------------------------- fewer bits
 
 
@@ -480,8 +539,6 @@ def test_quantised_bytes(bits):
 @every("spec", [*FIRST, "quantised:budget=10,channels=8"])
 def test_writing_in_constant_memory(spec):
     """A session that reads in chunks and writes token by token holds the same bytes however long it goes on."""
-    from generate import Session
-
     session, sizes = Session(tiny(memory=spec), chunk=8, segment=4), set()
     session.read(text(21)[0], 60)
     for i, token in enumerate(text(60)[0]):
@@ -526,6 +583,11 @@ def test_gradients_of_what_is_kept(spec, segments):
         ("quantised:bits=3", "4 or 8"),
         ("quantised:keep=sinks", "choose one of"),
         ("quantised:keep=snapkv,budget=20", "larger than the window"),
+        ("snapkv:budget=0.0", "share above 0"),
+        ("window:budget=1.5", "share above 0 and up to 1"),
+        ("h2o:budget=0.x", "share above 0"),
+        ("sinks:budget=a quarter", "or a share"),
+        ("snapkv:budget=0.5,pool=4", "odd"),
     ],
     ids=str,
 )
