@@ -43,9 +43,7 @@ def fingerprint(model):
 def save(path, session, tokenizer):
     """Write what the session remembers: the file is there whole or not at all. Raises Refused."""
     model, arrays = session.model, {"tokens": ops.array(np.array(session.tokens, "int32"))}
-    # room for later tokens need not be written
-    used = [block.self_attn.memory.used(s) for block, s in zip(model.model.layers, session.state["layers"])]
-    layers = [a if endless else s for a, s, endless in zip(used, session.state["layers"], session.endless)]
+    layers = [memory.packed(s) for memory, s in zip(session.memories, session.state["layers"])]
     host = apart({**session.state, "layers": layers}, "state", arrays)
     # the library wants no memory shared, and layers may share their positions
     arrays = {name: a if ops.is_real(a) else a + 0 for name, a in arrays.items()}
@@ -105,9 +103,8 @@ def resume(path, session, tokenizer, tokens):
     Refused where a memory has forgotten and cannot go back to it. Returns how many tokens need not be read."""
     held, state = load(path, session, tokenizer)
     n = min(common(held, tokens), len(tokens) - 1)
-    layers = [block.self_attn.memory for block in session.model.model.layers]
     if n < len(held):
-        cut = [memory.cut(s, n) for memory, s in zip(layers, state["layers"])]
+        cut = [memory.cut(s, n) for memory, s in zip(session.memories, state["layers"])]
         if n and None in cut:
             what = f"{path} holds {len(held)} tokens, of which this prompt begins with {n}, and --memory {session.model.config.memory}"
             raise Refused(f"{what} cannot go back to them: give --cache another name, or a prompt that begins with all of them")

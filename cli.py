@@ -54,7 +54,7 @@ def use_backend(name):
 def check_spelling(attn=None, pos=None, memory=None, adapter=None):
     """Refuse a wrong spelling of a mechanism before anything loads."""
     for folder, spec in zip(plugins.FOLDERS, (attn, pos, memory, adapter)):
-        for part in spec.split("/") if spec is not None else ():
+        for part in plugins.layers(folder, spec) if spec is not None else ():
             plugins.parse(folder, part)
 
 

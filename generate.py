@@ -33,7 +33,8 @@ class Session:
 
         self.ops, self.model, self.chunk, self.segment = ops, model, chunk, segment
         self.graph = graph and ops.on_gpu()
-        self.endless = [block.self_attn.memory.size is None for block in model.model.layers]
+        self.memories = [block.self_attn.memory for block in model.model.layers]
+        self.grows, self.forgets = (any(getattr(memory, what) for memory in self.memories) for what in ("grows", "forgets"))
         self.restart()
 
     def restart(self):
@@ -42,10 +43,7 @@ class Session:
     def resume(self, tokens, state):
         """Go on from a state that was left behind by these tokens."""
         self.restart()
-        fresh = self.model.start(self.segment, read=state.get("read", 0))["layers"]
-        # room depends on what is to come
-        layers = [{**s, "capacity": new["capacity"]} for s, new in zip(state["layers"], fresh)]
-        self.tokens, self.state = list(tokens), {**state, "layers": layers}
+        self.tokens, self.state = list(tokens), state
 
     def read(self, tokens, room=0):
         """Read tokens, with room for as many more to be written; returns the logits [V] after the last."""
@@ -53,9 +51,10 @@ class Session:
         if self.run:
             self.state, self.run = self.model.moving(self.run.state) if self.graph else self.run.state, None
         self.state = self.state or self.model.start(self.segment, read=len(tokens))
-        for s, endless in zip(self.state["layers"], self.endless):
-            # what forgets nothing is allocated once for all that is to come
-            s["capacity"] = max(s["capacity"], s["n"] + len(tokens) + room) if endless else s["capacity"]
+        self.model.settle(self.state)
+        # what forgets nothing is allocated once for all that is to come
+        layers = [memory.room(s, self.segment, len(tokens) + room) for memory, s in zip(self.memories, self.state["layers"])]
+        self.state = {**self.state, "layers": layers}
         pieces = range(0, len(tokens), self.chunk)
         with self.ops.no_grad():
             for i in tqdm(pieces, "reading", unit="chunk", leave=False, disable=len(pieces) < 2 or not sys.stderr.isatty()):
@@ -68,12 +67,12 @@ class Session:
 
     def step(self, token):
         """Read one token that was just written; returns the logits [V] after it."""
-        if any(self.endless) and not self.room:
+        if self.grows and not self.room:
             # a static graph would write beyond its buffers
             raise Refused("the session has no room for another token: read() with a larger room, or use a bounded memory")
         self.room -= 1
         self.since += 1
-        close = self.since >= self.segment and not all(self.endless)
+        close = self.since >= self.segment and self.forgets
         self.since = 0 if close else self.since
         self.tokens.append(token)
         self.run = self.run or self.captured()
@@ -94,7 +93,7 @@ class Session:
             finally:
                 model.run, model.model.run = plain
 
-        return ops.static(step, model.still(self.state), (False,) if all(self.endless) else (False, True))
+        return ops.static(step, model.still(self.state), (False, True) if self.forgets else (False,))
 
     def nbytes(self):
         """Bytes of everything that is remembered."""

@@ -27,6 +27,7 @@ import plugins
 import tokenizer as tokenizers
 from errors import Refused
 from kernels import Places
+from kernels.spans import behaviours
 from ops import Module, ModuleList
 from positions import _hf as rope
 
@@ -320,7 +321,7 @@ class Llama(Module):
 
     def moving(self, state):
         """The inverse of still: counters as the host's own ints again, where all rows are alike."""
-        layers = [{**s, "n": ops.host(s["n"])} for s in state["layers"]]
+        layers = [block.self_attn.memory.moving(s) for block, s in zip(self.model.layers, state["layers"])]
         n = state["next"]
         return {**state, "next": ops.host(n) if len(n.shape) == 0 else n, "layers": layers}
 
@@ -362,7 +363,10 @@ def remember(memory, rule, c):
     overrides what it needs of Memory, and is given the Plugin."""
     pattern = plugins.pattern(rule)
     if pattern is None:
-        return build(memory, "Memory", c)
+        made = build(memory, "Memory", c)
+        if made.parts_heads and any(behaviours(rule, c.num_attention_heads)):
+            raise Refused(f"--memory {memory} sorts the heads in its own way, and --attn {rule} lets them differ too: take --attn full")
+        return made
     if memory.name not in getattr(pattern, "memories", [memory.name]):
         raise Refused(f"--attn {rule} does not work with --memory {memory}: take --memory {' or '.join(pattern.memories)}")
     return worked(pattern, memory.module.Memory)(c, memory.options, rule)

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,10 +188,21 @@ def number(text):
     return int(text[:-1] if unit > 1 else text) * unit
 
 
+def layers(folder, spec):
+    """The parts of a pattern over depth, between slashes; but those in the name of a file, heads=some/file.tsv, are its own."""
+    parts = []
+    for piece in spec.split("/"):
+        if parts and re.search("heads=[^,]*$", parts[-1]) and piece.partition(":")[0] not in names(folder):
+            parts[-1] += "/" + piece
+        else:
+            parts.append(piece)
+    return parts
+
+
 def tile(folder, spec, n_layer, **heads):
     """A pattern tiled over depth: one Plugin a layer, with `layer`, `n_layer` and heads (n_head, n_kv_head) filled in where a
     mechanism declares them."""
-    pattern = [parse(folder, part) for part in spec.split("/")]
+    pattern = [parse(folder, part) for part in layers(folder, spec)]
     if len(pattern) > n_layer:
         raise Refused(f"{FOLDERS[folder]} {spec} names {len(pattern)} layers, but the model has {n_layer}: give at most that many")
     return [place(pattern[i % len(pattern)], layer=i, n_layer=n_layer, **heads) for i in range(n_layer)]

@@ -29,6 +29,7 @@ class Memory(Module):
     observes = False  # are some parameters learned from what is seen in training, not by gradients? Then see learn()
     learning = False  # does the model train?
     unturned = False  # do keys wait unturned under any position scheme?
+    parts_heads = False  # does it treat heads differently, so that a pattern may not?
 
     def __init__(self, c, o):
         super().__init__()
@@ -122,6 +123,18 @@ class Memory(Module):
         n = size if isinstance(s["n"], int) else ops.minimum(s["n"], size)
         return {**s, **{f: ops.take(s[f], keep) for f in self.fields if f in s}, "n": n, "first": None}
 
+    def moving(self, s):
+        """The inverse of still, where all rows are alike."""
+        return {**s, "n": ops.host(s["n"])}
+
+    def room(self, s, segment, n):
+        """The state with capacity for n more tokens, of which `segment` come between closes."""
+        return {**s, "capacity": self.size + segment if self.size is not None else max(s["capacity"], s["n"] + n)}
+
+    def packed(self, s):
+        """The state without the room that nothing bounds."""
+        return self.used(s) if self.size is None else s
+
     def cut(self, s, n):
         """The state, as a call left it, as it was after the text's first n tokens; None where what was forgotten cannot come back."""
         return self.used({**s, "n": n}) if self.size is None else None
@@ -129,6 +142,16 @@ class Memory(Module):
     def still(self, s):
         """The same state for a static graph: every slot allocated, and counters that the graph can hold."""
         return {**self.make_room(s), "n": ops.scalar(s["n"]), "first": None}
+
+    @property
+    def grows(self):
+        """Does every token take a slot for good?"""
+        return self.size is None
+
+    @property
+    def forgets(self):
+        """Does closing a segment change anything?"""
+        return self.size is not None
 
     @property
     def enough(self):
