@@ -402,7 +402,7 @@ def test_a_share_of_hardly_anything(name, n):
     made = Session(tiny(memory=shared(name, 0.01)), chunk=8, segment=2)
     assert np.isfinite(ops.numpy(made.read(text(n)[0], 12))).all()
     assert all(np.isfinite(ops.numpy(made.step(3))).all() for _ in range(12))
-    smallest = {"sinks": 3, "snapkv": 6, "pyramidkv": 6, "adakv": 6}.get(name, 1)
+    smallest = {"sinks": 3, "duo": 3, "snapkv": 6, "pyramidkv": 6, "adakv": 6}.get(name, 1)
     assert made.model.model.layers[0].self_attn.memory.o.budget == smallest
 
 
