@@ -608,4 +608,6 @@ def fast_call():
     what makes the compiler stream a one-row product at the speed of memory."""
     if device().type != "cuda":
         return call
+    # layers that remember differently much (pyramidkv, duo) are a graph each, and torch gives up after 8
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     return torch.compile(call, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})
