@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import small, tiny
 
 import ops
+import plugins
 from errors import Refused
 from generate import Sampler, Session, Until, generate
 
@@ -60,6 +61,15 @@ def test_a_bounded_cache_stays_flat_far_past_its_budget():
         assert np.isfinite(logits).all()
     # the segment's room fills and empties; what is allocated does not move
     assert max(sizes) == min(sizes)
+
+
+@pytest.mark.parametrize("name", plugins.names("memory"))
+def test_room_is_made_for_what_takes_it(name):
+    """A bounded memory wants no more for a longer text; a growing one exactly as much."""
+    memory = tiny(memory=small("memory", name)).model.layers[0].self_attn.memory
+    start = memory.start(4, 0)
+    assert memory.room(start, 4, 0) == start
+    assert (memory.room(start, 4, 99) == memory.start(4, 99) != start) if memory.grows else (memory.room(start, 4, 99) == start)
 
 
 def test_full_memory_is_counted_in_bytes():

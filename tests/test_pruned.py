@@ -170,6 +170,11 @@ def keydiff(self, layer):
         layer.heads[j] = [entries[i] for i in sorted(best)]
 
 
+def kept(memory, s):
+    """Positions of the slots in use, [B, 1 or K, N]."""
+    return ops.numpy((memory.whole(s) if hasattr(memory, "whole") else s)["pos"])
+
+
 def both(spec, tokens, segment, **how):
     """Logits of the model and of the reference, and the positions that each layer's key heads keep after every segment."""
     pos, attn = ("alibi" if how.get("slopes") is not None else "rope"), "full"
@@ -183,8 +188,8 @@ def both(spec, tokens, segment, **how):
             y, state = model(ops.array(tokens[:, i : i + segment]), state)
             logits.append(ops.numpy(y)[0])
             want += reference.segment(tokens[0, i : i + segment])
-            for s, layer in zip(state["layers"], reference.layers):
-                held = ops.numpy(s["pos"])[0]
+            for block, s, layer in zip(model.model.layers, state["layers"], reference.layers):
+                held = kept(block.self_attn.memory, s)[0]
                 for j, entries in enumerate(layer.heads):
                     got = held[min(j, len(held) - 1)]
                     assert sorted(got[got >= 0]) == sorted(e.at for e in entries), (i, layer.i, j)
@@ -243,21 +248,23 @@ def test_without_eviction_the_reference_is_the_model():
 # ---------------------------------------------------------------- budgets
 
 
-def held(state):
+def held(model, state):
     """Bytes of each layer's state, and tokens that each key head holds: two lists."""
     size = [[] for _ in state["layers"]]
     for s, out in zip(state["layers"], size):
         ops.tree_map(lambda a, out=out: out.append(ops.nbytes(a)) or a, s)
-    return [sum(x) for x in size], [(ops.numpy(s["pos"]) >= 0).sum(-1) for s in state["layers"]]
+    memories = [block.self_attn.memory for block in model.model.layers]
+    return [sum(x) for x in size], [(kept(memory, s) >= 0).sum(-1) for memory, s in zip(memories, state["layers"])]
 
 
 def promised(name, o, model, segment, layer):
-    """Bytes of one row of a layer in float32: slots of keys, values and positions, and what scores need."""
+    """Bytes of one row of a layer in float32: slots of keys, values and positions, and what scores need. Ada-KV's are SnapKV's, and how
+    many are each head's."""
     c = model.config
     H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    slots = model.model.layers[layer].self_attn.memory.size + segment
+    slots = (o.budget if name == "adakv" else model.model.layers[layer].self_attn.memory.size) + segment
     queries = getattr(o, "window", 1 if name == "tova" else 0) * (H * D + 2)
-    return 4 * (slots * (K * (2 * D + (name == "h2o")) + (1 if name == "tova" else K)) + queries)
+    return 4 * (slots * (K * (2 * D + (name == "h2o")) + (1 if name == "tova" else K)) + queries + K * (name == "adakv"))
 
 
 @every("segment", [1, 8])
@@ -270,7 +277,7 @@ def test_a_long_stream_in_the_bytes_that_were_promised(spec, segment):
         for i in range(0, T, segment):
             y, state = model(ops.array(text(T)[:, i : i + segment]), state)
             assert np.isfinite(ops.numpy(y)).all()
-            size, tokens = held(state)
+            size, tokens = held(model, state)
             if i > 4 * o.budget:
                 sizes.add(tuple(size))
                 # every head holds its budget; pyramidkv's in the mean over layers, adakv's in the mean over heads
@@ -284,12 +291,31 @@ def test_a_long_stream_in_the_bytes_that_were_promised(spec, segment):
 
 
 def test_pyramid_and_shares():
-    """PyramidKV's layers lie on a line whose mean is the budget; with widest=2 Ada-KV's slots are twice those of SnapKV."""
+    """PyramidKV's layers lie on a line whose mean is the budget; with widest=2 Ada-KV's rectangle is twice SnapKV's."""
     sizes = [b.self_attn.memory.size for b in tiny(memory="pyramidkv:budget=120,window=20,beta=20", layers=5).model.layers]
     assert sizes == [20 + 195, 20 + 148, 20 + 100, 20 + 53, 20 + 5] and abs(np.mean(sizes) - 120) <= 0.5
     alone = tiny(memory="pyramidkv:budget=120,window=20", layers=1)
     assert alone.model.layers[0].self_attn.memory.size == 120
     assert tiny(memory="adakv:budget=64").model.layers[0].self_attn.memory.size == 128
+
+
+@every("how", ["", "quantised:keep="])
+def test_ragged_heads_cost_what_snapkv_costs(how):
+    """Whatever Ada-KV's heads keep, and however wide the widest may be: beside SnapKV's bytes only how many are each head's."""
+    sizes, kinds = [], ("snapkv:budget=10,window=2", "adakv:budget=10,window=2,widest=1.5", "adakv:budget=10,window=2")
+    for spec in kinds:
+        if how:
+            spec = how + spec.partition(":")[0] + ",budget=40,channels=8"
+        model = tiny(memory=spec)
+        state = model.start(8, 80)
+        with ops.no_grad():
+            for i in range(0, 80, 8):
+                _, state = model(ops.array(text(80)[:, i : i + 8]), state)
+        size, tokens = held(model, state)
+        sizes.append(size)
+        assert how or spec[0] == "s" or len(set(tokens[0][0])) == 2, "control: heads differ"
+    counts = [4 * 2, 4 * 2]
+    assert sizes[1] == sizes[2] == [a + b for a, b in zip(sizes[0], counts)]
 
 
 @every("n", range(1, 9))
@@ -469,14 +495,15 @@ def test_quantised_keeps_what_its_policy_keeps(keep):
     with ops.no_grad():
         _, other = plain(ops.array(text(T)[:, :n]), plain.start())
         _, state = model(ops.array(text(T)[:, :n]), model.start())
-        for a, b in zip(other["layers"], state["layers"]):
-            pos = ops.numpy(b["past"]["pos"])
-            for x, y in zip(ops.numpy(a["pos"])[0], pos[0]):
+        memories = [[block.self_attn.memory for block in m.model.layers] for m in (plain, model)]
+        for i, j, a, b in zip(*memories, other["layers"], state["layers"]):
+            for x, y in zip(kept(i, a)[0], kept(j, b)[0]):
                 assert sorted(x[x >= 0]) == sorted(y[y >= 0])
-        before = [{f: ops.numpy(s["past"][f])[0] for f in ("pos", "k_code", "v_scale")} for s in state["layers"]]
+        held = lambda memory, s: memory.unfolded(s["past"], s)
+        before = [{f: ops.numpy(held(m, s)[f])[0] for f in ("pos", "k_code", "v_scale")} for m, s in zip(memories[1], state["layers"])]
         _, state = model(ops.array(text(T)[:, n : n + 3]), state)
-        for b, s in zip(before, state["layers"]):
-            after, same = {f: ops.numpy(s["past"][f])[0] for f in b}, 0
+        for b, memory, s in zip(before, memories[1], state["layers"]):
+            after, same = {f: ops.numpy(held(memory, s)[f])[0] for f in b}, 0
             for head in range(2):
                 at = lambda x, head=head: x["pos"][min(head, len(x["pos"]) - 1)]
                 for i, p in enumerate(at(b)):
@@ -528,7 +555,7 @@ def test_quantised_bytes(bits):
     with ops.no_grad():
         for i in range(0, T, 4):
             _, state = model(ops.array(text(T)[:, i : i + 4]), state, close=i % 8 == 4)
-            sizes.add(tuple(held(state)[0])) if i >= 28 else None
+            sizes.add(tuple(held(model, state)[0])) if i >= 28 else None
     K, D = 2, 8
     assert sizes == {(24 * (K * 2 * (D * bits // 8 + 4) + 4) + 8 * (K * 2 * D * 4 + 4),) * 2}
 
