@@ -85,7 +85,7 @@ class Reference:
             self.t += 1
         for layer in self.layers:
             self.forget(self, layer)
-            if self.o.kv_positions == "reindex":
+            if getattr(self.o, "kv_positions", "absolute") == "reindex":
                 for entries in layer.heads:
                     for n, e in enumerate(sorted(entries, key=lambda e: -e.at)):
                         e.at = self.t - 1 - n
@@ -175,6 +175,25 @@ def kept(memory, s):
     return ops.numpy((memory.whole(s) if hasattr(memory, "whole") else s)["pos"])
 
 
+def pooled(self, layer):
+    """While there are too many: the oldest block that is whole, older than the recent tokens and not squeezed yet; else the oldest goes."""
+    o = self.o
+    recent = int(o.recent * o.budget)
+    for entries in layer.heads:
+        while len(entries) > o.budget:
+            old = [e for e in entries if e.at >= o.sinks]
+            for i, e in enumerate(old):
+                block = old[i : i + o.rate]
+                if (e.at - o.sinks) % o.rate == 0 and not hasattr(e, "squeezed") and block[-1].at <= self.t - 1 - recent:
+                    one = Entry(sum(e.k for e in block) / o.rate, sum(e.v for e in block) / o.rate, block[-1].at)
+                    one.squeezed = True
+                    at = entries.index(e)
+                    entries[at : at + o.rate] = [one]
+                    break
+            else:
+                entries.remove(old[0])
+
+
 def both(spec, tokens, segment, **how):
     """Logits of the model and of the reference, and the positions that each layer's key heads keep after every segment."""
     pos, attn = ("alibi" if how.get("slopes") is not None else "rope"), "full"
@@ -210,13 +229,14 @@ SPECS = {
         "budget=10,window=1,pool=1,floor=0.9",
     ],
 }
+SQUEEZED = ["pooled:budget=10,rate=2,sinks=2", "pooled:budget=12,rate=3,sinks=0,recent=0.5", "pooled:budget=12,rate=4,sinks=4,recent=0.1"]
 SPECS["adakv"] += ["budget=10,window=1,pool=1,floor=0.9"]
 ALL = [f"{name}:{o}" for name, options in SPECS.items() for o in options]
 FIRST = [f"{name}:{options[0]}" for name, options in SPECS.items()]
 
 
 @every("segment", [1, 4, 13])
-@every("spec", ALL)
+@every("spec", [*ALL, *SQUEEZED])
 def test_what_is_kept_is_what_the_paper_says(spec, segment):
     got, want = both(spec, text(40), segment)
     assert apart(got, want) < 1e-3
@@ -428,7 +448,7 @@ def test_a_share_of_hardly_anything(name, n):
     made = Session(tiny(memory=shared(name, 0.01)), chunk=8, segment=2)
     assert np.isfinite(ops.numpy(made.read(text(n)[0], 12))).all()
     assert all(np.isfinite(ops.numpy(made.step(3))).all() for _ in range(12))
-    smallest = {"sinks": 3, "duo": 3, "snapkv": 6, "pyramidkv": 6, "adakv": 6}.get(name, 1)
+    smallest = {"sinks": 3, "duo": 3, "pooled": 7, "snapkv": 6, "pyramidkv": 6, "adakv": 6}.get(name, 1)
     assert made.model.model.layers[0].self_attn.memory.o.budget == smallest
 
 
