@@ -71,7 +71,32 @@ def load(args):
     """The model and tokenizer that the flags ask for."""
     from model import load
 
-    return load(model_folder(args), args.attn, args.pos, args.memory, args.adapter, args.dtype, args.device)
+    model, tokenizer = load(model_folder(args), args.attn, args.pos, args.memory, args.adapter, args.dtype, args.device)
+    for line in lost(model):
+        say(line)
+    return model, tokenizer
+
+
+def lost(model):
+    """Notes on memories that forget what the attention pattern of their layer would still see, each combination once."""
+    import numpy as np
+
+    from kernels.spans import is_causal, reach
+
+    c, n, found = model.config, 1 << 17, {}
+    asked = plugins.tile("memory", c.memory, c.num_hidden_layers, n_head=c.num_attention_heads, n_kv_head=c.num_key_value_heads)
+    for block, memory in zip(model.model.layers, asked):
+        rule, mine = block.self_attn.rule, block.self_attn.memory
+        which = str(rule), str(memory)
+        if which in found or not mine.forgets or plugins.is_share(mine.given) or not hasattr(rule.module, "allowed") or is_causal(rule, n):
+            continue
+        needed, stays = reach(rule, n, np.arange(n)), mine.stays(n)
+        if (needed & ~stays).any() if stays is not None else needed.sum() > mine.size:
+            first = ", the text's first ones among them" if needed[0] else ""
+            far = needed[n // 4 : n // 2].any()
+            what = "tokens however far back" if far else f"{needed.sum()} of the past{first}"
+            found[which] = f"note: --attn {rule} may see {what}, and --memory {memory} forgets some of them: they are not seen again"
+    return list(found.values())
 
 
 def say(text):

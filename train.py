@@ -166,6 +166,8 @@ def config_of(a, source):
         model = llama.Llama(config)
     if a.segment:
         a.bptt = reach(model, a)
+        for line in cli.lost(model):
+            print(line, file=sys.stderr)
     return config
 
 

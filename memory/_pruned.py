@@ -32,6 +32,9 @@ class Pruned(Memory):
     def size(self):
         return self.o.budget
 
+    def stays(self, n):
+        return None
+
     def attend(self, attn, q, seg, s):
         y, s = super().attend(attn, q, seg, s)
         return y, self.remember(q, seg, s) if self.window else s

@@ -10,6 +10,8 @@ A layer's state is a dict that is passed in and handed back:
 Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
 """
 
+import numpy as np
+
 import ops
 import plugins
 from kernels import Places, attend
@@ -138,6 +140,10 @@ class Memory(Module):
     def cut(self, s, n):
         """The state, as a call left it, as it was after the text's first n tokens; None where what was forgotten cannot come back."""
         return self.used({**s, "n": n}) if self.size is None else None
+
+    def stays(self, n):
+        """Which of a text's first n tokens are remembered after them for sure, bool [n]; None where the text itself decides."""
+        return np.arange(n) >= n - (n if self.size is None else self.size)
 
     def still(self, s):
         """The same state for a static graph: every slot allocated, and counters that the graph can hold."""

@@ -148,6 +148,9 @@ class Memory(Base):
     def cut(self, s, n):
         return None if self.forgets else self.each(lambda memory, t: memory.cut(t, n), s)
 
+    def stays(self, n):
+        return next(reversed(self.kinds.values())).stays(n)
+
     @property
     def grows(self):
         return "full" in self.kinds

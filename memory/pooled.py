@@ -10,6 +10,8 @@ and learns from it; CaM (Zhang et al. 2024) and KVMerger (Wang et al. 2024, arXi
 A squeezed slot counts as one in the softmax, as in the paper.
 """
 
+import numpy as np
+
 import ops
 from memory.base import Memory as Base
 
@@ -45,6 +47,10 @@ class Memory(Base):
 
     def pack(self, attn, x, seg):
         return {**super().pack(attn, x, seg), "count": ops.full((x.shape[0], 1, x.shape[1]), 1, ops.int32, x)}
+
+    def stays(self, n):
+        at = np.arange(n)
+        return (at < self.o.sinks) | (at >= n - int(self.o.recent * self.o.budget))
 
     def since(self, seg, s):
         """How far into its document each slot stands."""
