@@ -17,7 +17,7 @@ import ops
 import plugins
 from memory._past import Past
 
-POLICIES = ("window", "h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv")
+POLICIES = ("window", "h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv", "expected")
 CODES = ("k_code", "k_scale", "v_code", "v_scale")
 
 

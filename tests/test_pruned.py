@@ -13,7 +13,7 @@ from errors import Refused
 from generate import Session
 from model import Llama
 
-PRUNED = ["h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv"]
+PRUNED = ["h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv", "expected"]
 every = pytest.mark.parametrize
 
 
@@ -175,6 +175,29 @@ def kept(memory, s):
     return ops.numpy((memory.whole(s) if hasattr(memory, "whole") else s)["pos"])
 
 
+def expected(self, layer):
+    """The Gaussian's expectation with the whole covariance, and the mean of the rotations as a matrix."""
+    o, D, G = self.o, self.c.head_dim, self.c.num_attention_heads // self.c.num_key_value_heads
+    ahead = range(self.t, self.t + o.future)
+    # rows: where each channel goes
+    R = np.eye(D) if self.slopes is not None else np.mean([turn(np.eye(D), t, self.c.rope_theta) for t in ahead], 0)
+    for j, entries in enumerate(layer.heads):
+        if len(entries) <= o.budget:
+            continue
+        old = [e for e in entries if e.at >= o.sinks]
+        keys = np.array([e.k if self.slopes is not None else turn(e.k, e.at, self.c.rope_theta) for e in old])
+        share = 0
+        for h in range(j * G, j * G + G):
+            q = np.array([q[h] for t, q in layer.asked[-o.window :] if t >= o.sinks])
+            mu, sigma = q.mean(0) @ R, R.T @ np.atleast_2d(np.cov(q.T, bias=True)) @ R
+            z = np.exp(keys @ mu / np.sqrt(D) + np.einsum("nd,de,ne->n", keys, sigma, keys) / 2 / D)
+            share = share + z / z.sum()
+        score = share * [np.linalg.norm(e.v) for e in old]
+        order = sorted(range(len(old)), key=lambda i: (-score[i], -old[i].at))
+        best = [old[i] for i in order[: o.budget - len(entries) + len(old)]]
+        layer.heads[j] = [e for e in entries if e in best or e.at < o.sinks]
+
+
 def pooled(self, layer):
     """While there are too many: the oldest block that is whole, older than the recent tokens and not squeezed yet; else the oldest goes."""
     o = self.o
@@ -222,6 +245,7 @@ SPECS = {
     "snapkv": ["budget=10,window=4", "budget=9,window=2,pool=3", "budget=8,window=6,pool=1"],
     "keydiff": ["budget=10", "budget=3"],
     "pyramidkv": ["budget=10,window=4,pool=3", "budget=12,window=2,pool=1,beta=2"],
+    "expected": ["budget=10,window=4,future=8,sinks=2", "budget=7,window=12,future=1,sinks=0", "budget=12,window=6,future=64"],
     "adakv": [
         "budget=10,window=4",
         "budget=9,window=2,pool=1,floor=0",
@@ -402,6 +426,13 @@ def test_rows_and_documents_by_themselves(spec, reindex):
     assert apart(run(model, tokens[:1], whole(32), begin)[:, 12:], want) < 1e-4
 
 
+def test_other_documents_queries_expect_nothing():
+    """Where the window reaches over a document's beginning, what it keeps is what it would keep alone."""
+    model, begin = tiny(memory="expected:budget=7,window=30,future=4,sinks=2"), np.where(np.arange(32) >= 12, 12, 0)[None].astype("int32")
+    want = run(model, text(32)[:, 12:], [[4], [8], [8]])
+    assert apart(run(model, text(32), whole(32), begin)[:, 12:], want) < 1e-4
+
+
 def test_scores_in_parts(monkeypatch):
     """Queries are cut so that few scores exist at once: to nothing but rounding the same."""
     from memory import _pruned
@@ -448,7 +479,7 @@ def test_a_share_of_hardly_anything(name, n):
     made = Session(tiny(memory=shared(name, 0.01)), chunk=8, segment=2)
     assert np.isfinite(ops.numpy(made.read(text(n)[0], 12))).all()
     assert all(np.isfinite(ops.numpy(made.step(3))).all() for _ in range(12))
-    smallest = {"sinks": 3, "duo": 3, "pooled": 7, "snapkv": 6, "pyramidkv": 6, "adakv": 6}.get(name, 1)
+    smallest = {"sinks": 3, "duo": 3, "pooled": 7, "expected": 3, "snapkv": 6, "pyramidkv": 6, "adakv": 6}.get(name, 1)
     assert made.model.model.layers[0].self_attn.memory.o.budget == smallest
 
 
@@ -625,6 +656,8 @@ def test_gradients_of_what_is_kept(spec, segments):
         ("keydiff:kv_positions=relative", "absolute or reindex"),
         ("pyramidkv:window=0", "window"),
         ("pyramidkv:beta=0", "beta"),
+        ("expected:sinks=1024", "larger than the sinks"),
+        ("expected:future=0", "at least 1"),
         ("adakv:floor=2", "floor"),
         ("adakv:widest=0.5", "widest"),
         ("quantised:bits=3", "4 or 8"),
