@@ -56,8 +56,9 @@ class Memory(Pruned):
     def queries(self, seg, s, begin):
         """Of the last queries their mean [B, H, 1, D], what differs from it [B, H, window, D], both turned as those to come will be on
         average, and how many they are [B, 1, 1]."""
-        q, at = ops.stop(ops.cast(s["q"], ops.float32)), s["q_at"]
-        mine = ops.cast((s["q_begin"] == begin) & (at - begin >= self.o.sinks), ops.float32)[..., None]
+        q = ops.stop(ops.cast(s["q"], ops.float32))
+        # those of documents before it stand before it
+        mine = ops.cast(s["q_at"] - begin >= self.o.sinks, ops.float32)[..., None]
         n = mine.sum(2)[:, :, None]
         n = ops.where(n < 1, 1.0, n)
         mu = (q * mine).sum(2)[:, :, None] / n
