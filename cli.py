@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import plugins
+import rundir
 from errors import Refused
 
 
@@ -53,7 +54,7 @@ def use_backend(name):
 def check_spelling(attn=None, pos=None, memory=None, adapter=None):
     """Refuse a wrong spelling of a mechanism before anything loads."""
     for folder, spec in zip(plugins.FOLDERS, (attn, pos, memory, adapter)):
-        for part in spec.split("/") if spec is not None else ():
+        for part in plugins.layers(folder, spec) if spec is not None else ():
             plugins.parse(folder, part)
 
 
@@ -70,9 +71,47 @@ def load(args):
     """The model and tokenizer that the flags ask for."""
     from model import load
 
-    return load(model_folder(args), args.attn, args.pos, args.memory, args.adapter, args.dtype, args.device)
+    model, tokenizer = load(model_folder(args), args.attn, args.pos, args.memory, args.adapter, args.dtype, args.device)
+    for line in lost(model):
+        say(line)
+    return model, tokenizer
+
+
+def lost(model):
+    """Notes on memories that forget what the attention pattern of their layer would still see, each combination once."""
+    import numpy as np
+
+    from kernels.spans import is_causal, reach
+
+    c, n, found = model.config, 1 << 17, {}
+    asked = plugins.tile("memory", c.memory, c.num_hidden_layers, n_head=c.num_attention_heads, n_kv_head=c.num_key_value_heads)
+    for block, memory in zip(model.model.layers, asked):
+        rule, mine = block.self_attn.rule, block.self_attn.memory
+        which = str(rule), str(memory)
+        if which in found or not mine.forgets or plugins.is_share(mine.given) or not hasattr(rule.module, "allowed") or is_causal(rule, n):
+            continue
+        needed, stays = reach(rule, n, np.arange(n)), mine.stays(n)
+        if (needed & ~stays).any() if stays is not None else needed.sum() > mine.size:
+            first = ", the text's first ones among them" if needed[0] else ""
+            far = needed[n // 4 : n // 2].any()
+            what = "tokens however far back" if far else f"{needed.sum()} of the past{first}"
+            found[which] = f"note: --attn {rule} may see {what}, and --memory {memory} forgets some of them: they are not seen again"
+    return list(found.values())
 
 
 def say(text):
     """A remark for the person at the terminal; standard output is for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def write(path, fill):
+    """A file written by fill(a path beside it): there whole or not at all. Raises Refused."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        fill(partial)
+        rundir.sync(partial)
+        os.replace(partial, path)
+    except OSError as no:
+        raise Refused(f"{path} could not be written: {no.strerror or no}") from None
+    finally:
+        partial.unlink(missing_ok=True)

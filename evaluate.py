@@ -11,7 +11,6 @@ measured in one reading of the same documents. passkey.py says what its prompt i
 
 import argparse
 import json
-import os
 import platform
 import sys
 from importlib.metadata import version
@@ -166,19 +165,7 @@ def picture(r, path):
         ax.set_yticks(range(len(r["depths"])), [f"{100 * d:.0f}%" for d in r["depths"]])
         ax.set(xlabel="length (tokens)", ylabel="depth of the key")
     ax.set_title(f"{r['model']}, --attn {r['attn']} --pos {r['pos']} --memory {r['memory']}", fontsize="small")
-    write(path, lambda partial: fig.savefig(partial, format=path.suffix[1:]))
-
-
-def write(path, fill):
-    """A file written by fill(a path beside it): there whole or not at all. Raises Refused."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        fill(partial)
-        os.replace(partial, path)
-    except OSError as no:
-        raise Refused(f"{path} could not be written: {no.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    cli.write(path, lambda partial: fig.savefig(partial, format=path.suffix[1:]))
 
 
 def lengths(text):
@@ -253,7 +240,7 @@ def run():
     r = TASKS[args.task](args)
     show(r)
     if args.json:
-        write(args.json, lambda partial: partial.write_text(json.dumps(r, indent=1) + "\n"))
+        cli.write(args.json, lambda partial: partial.write_text(json.dumps(r, indent=1) + "\n"))
     if args.plot:
         picture(r, args.plot)
 

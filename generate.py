@@ -4,11 +4,13 @@ python generate.py                                                    # the defa
 python generate.py --prompt "def fibonacci(n):"                       # goes on with a text
 python generate.py --chat                                             # a conversation in the terminal
 python generate.py --chat --prompt-file book.txt --prompt "Who is the narrator?" --memory sinks:budget=2048
+python generate.py --prompt-file book.txt --cache book.cache --prompt "Who is the narrator?"    # the next question is read alone
 cat notes.md | python generate.py --tokens 500 --memory sinks         # memory stays flat however long it writes
 """
 
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -31,21 +33,29 @@ class Session:
 
         self.ops, self.model, self.chunk, self.segment = ops, model, chunk, segment
         self.graph = graph and ops.on_gpu()
-        self.endless = [block.self_attn.memory.size is None for block in model.model.layers]
+        self.memories = [block.self_attn.memory for block in model.model.layers]
+        self.grows, self.forgets = (any(getattr(memory, what) for memory in self.memories) for what in ("grows", "forgets"))
         self.restart()
 
     def restart(self):
         self.tokens, self.state, self.run, self.since, self.room = [], None, None, 0, 0
+
+    def resume(self, tokens, state):
+        """Go on from a state that was left behind by these tokens."""
+        self.restart()
+        self.tokens, self.state = list(tokens), state
 
     def read(self, tokens, room=0):
         """Read tokens, with room for as many more to be written; returns the logits [V] after the last."""
         tokens = np.asarray(tokens, np.int32)
         if self.run:
             self.state, self.run = self.model.moving(self.run.state) if self.graph else self.run.state, None
-        self.state = self.state or self.model.start(self.segment)
-        for s, endless in zip(self.state["layers"], self.endless):
-            # what forgets nothing is allocated once for all that is to come
-            s["capacity"] = max(s["capacity"], s["n"] + len(tokens) + room) if endless else s["capacity"]
+        self.state = self.state or self.model.start(self.segment, read=len(tokens))
+        self.model.settle(self.state)
+        # what forgets nothing is allocated once for all that is to come
+        around = self.model.around.size if self.model.around else 0
+        layers = [memory.room(s, self.segment + around, len(tokens) + room) for memory, s in zip(self.memories, self.state["layers"])]
+        self.state = {**self.state, "layers": layers}
         pieces = range(0, len(tokens), self.chunk)
         with self.ops.no_grad():
             for i in tqdm(pieces, "reading", unit="chunk", leave=False, disable=len(pieces) < 2 or not sys.stderr.isatty()):
@@ -58,12 +68,12 @@ class Session:
 
     def step(self, token):
         """Read one token that was just written; returns the logits [V] after it."""
-        if any(self.endless) and not self.room:
+        if self.grows and not self.room:
             # a static graph would write beyond its buffers
             raise Refused("the session has no room for another token: read() with a larger room, or use a bounded memory")
         self.room -= 1
         self.since += 1
-        close = self.since >= self.segment and not all(self.endless)
+        close = self.since >= self.segment and self.forgets
         self.since = 0 if close else self.since
         self.tokens.append(token)
         self.run = self.run or self.captured()
@@ -84,7 +94,7 @@ class Session:
             finally:
                 model.run, model.model.run = plain
 
-        return ops.static(step, model.still(self.state), (False,) if all(self.endless) else (False, True))
+        return ops.static(step, model.still(self.state), (False, True) if self.forgets else (False,))
 
     def nbytes(self):
         """Bytes of everything that is remembered."""
@@ -223,22 +233,39 @@ def show(text):
     print(text, end="", flush=True)
 
 
-def prompt(args):
-    """The prompt from flags, a file or standard input; None if there is none."""
-    parts = []
+def given(args):
+    """The text of the file or of standard input, and the prompt from its flag; "" where there is none."""
     if args.prompt_file:
         try:
             with open(args.prompt_file, encoding="utf-8") as f:
-                parts.append(f.read())
+                return f.read(), args.prompt or ""
         except OSError as no:
             raise Refused(f"--prompt-file {args.prompt_file} cannot be read: {no.strerror}") from None
         except UnicodeDecodeError:
             raise Refused(f"--prompt-file {args.prompt_file} is not text in UTF-8: convert it first") from None
-    elif args.prompt is None and not sys.stdin.isatty():
-        parts.append(sys.stdin.read())
-    parts = [*parts, args.prompt or ""]
-    text = "\n\n".join(p for p in parts if p.strip())
-    return text or None
+    return "" if args.prompt is not None or sys.stdin.isatty() else sys.stdin.read(), args.prompt or ""
+
+
+def join(*parts):
+    return "\n\n".join(p for p in parts if p.strip())
+
+
+def remember(session, tokenizer, args, encode, file, question):
+    """The session as the prompt cache leaves it; what is not there yet is read and written. encode(text) -> the prompt's tokens."""
+    import cache
+
+    tokens = encode(join(file, question))
+    if args.cache.exists():
+        n = cache.resume(args.cache, session, tokenizer, tokens)
+        return cli.say(f"[{args.cache}: {n} of {len(tokens)} tokens need not be read]")
+    # tokens may reach over the seam: the file's are those that stay whatever is asked after it
+    others = [encode(join(file, x)) for x in ("", "A")]
+    n = min(cache.common(tokens, *others), len(others[0]) - 1)
+    if n < 1:
+        raise Refused(f"--prompt-file {args.prompt_file} is too short to be worth a cache: leave --cache out")
+    session.read(tokens[:n], len(tokens) - n + args.tokens)
+    cache.save(args.cache, session, tokenizer)
+    cli.say(f"[{args.cache}: {n} tokens written]")
 
 
 def arguments():
@@ -260,6 +287,7 @@ def arguments():
     add = parser.add_argument_group("speed and memory").add_argument
     add("--chunk", type=cli.whole, help="tokens of the prompt read at once (default 512 on a CPU, 2048 on a GPU)")
     add("--segment", type=cli.whole, default=64, help="a bounded memory forgets after so many written tokens (default 64)")
+    add("--cache", type=Path, metavar="FILE", help="keep what is remembered of --prompt-file there, or take it from there: read once")
     add("--no-graph", action="store_true", help="on a GPU, run each step as written instead of as one compiled graph")
     args = parser.parse_args()
     wrong = [
@@ -270,6 +298,8 @@ def arguments():
         (not 0 < args.top_p <= 1, f"--top-p {args.top_p} is no probability above 0: give a number up to 1"),
         (not 0 <= args.min_p <= 1, f"--min-p {args.min_p} is no share: give a number from 0 to 1"),
         (args.repetition_penalty <= 0, f"--repetition-penalty {args.repetition_penalty} must be above 0"),
+        (args.cache and not args.prompt_file, "--cache keeps what was read of a file: give --prompt-file too"),
+        (args.cache and not args.cache.absolute().parent.is_dir(), f"--cache {args.cache} cannot be written: its folder is not there"),
     ]
     for is_wrong, sentence in wrong:
         if is_wrong:
@@ -279,7 +309,8 @@ def arguments():
 
 def run():
     args = arguments()
-    text = prompt(args)
+    file, question = given(args)
+    text = join(file, question) or None
     ops = cli.use_backend(args.backend)
     cli.check_spelling(args.attn, args.pos, args.memory, args.adapter)
     model, tokenizer = cli.load(args)
@@ -289,10 +320,14 @@ def run():
     if text is None and not args.chat:
         args.chat, text = tokenizer.has_chat, QUESTION if tokenizer.has_chat else "Once upon a time"
         cli.say(f"> {text}")
+    message = lambda text: tokenizer.chat([{"role": "user", "content": text}])
+    encode = lambda text: (message(text) if args.chat else tokenizer.encode(text)).tolist()
+    if args.cache:
+        remember(session, tokenizer, args, encode, file, question)
     if args.chat:
         return converse(session, tokenizer, args, sampler, text)
     show(text if len(text) < 2000 else "")
-    _, stats = generate(session, tokenizer, tokenizer.encode(text), args.tokens, sampler, args.stop, show)
+    _, stats = generate(session, tokenizer, encode(text)[len(session.tokens) :], args.tokens, sampler, args.stop, show)
     print(flush=True)
     cli.say(report(stats))
 

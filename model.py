@@ -27,6 +27,7 @@ import plugins
 import tokenizer as tokenizers
 from errors import Refused
 from kernels import Places
+from kernels.spans import behaviours
 from ops import Module, ModuleList
 from positions import _hf as rope
 
@@ -276,12 +277,24 @@ class Llama(Module):
         n = self.chunk and max(1, self.chunk // x.shape[0])
         return tiled(losses, n, [x, targets], self.model.norm, self.readout)
 
-    def start(self, segment=0, total=0):
+    def start(self, segment=0, total=0, read=0):
         """Nothing remembered yet. segment, total: the most tokens that will come piece by piece between closes, and at all;
-        with them known, caches are allocated once."""
+        with them known, caches are allocated once. read: the text that a memory's budget may be a share of has so many; 0: total."""
+        memories = [block.self_attn.memory for block in self.model.layers]
+        share = {"read": read or total} if any(plugins.is_share(memory.given) for memory in memories) else {}
+        if share == {"read": 0}:
+            of = f"--memory {self.config.memory} is a share of a text, and here nobody knows how long the text will be"
+            raise Refused(f"{of}: give its budget in tokens")
+        self.settle(share)
         around = {} if self.around is None else {"around": self.around.start()}
         segment += self.around.size if around and segment else 0
-        return {"next": 0, "layers": [block.self_attn.memory.start(segment, total) for block in self.model.layers], **around}
+        return {"next": 0, "layers": [memory.start(segment, total) for memory in memories], **share, **around}
+
+    def settle(self, state):
+        """Budgets that are shares become tokens of the state's text."""
+        if "read" in state:
+            for block in self.model.layers:
+                block.self_attn.memory.settle(state["read"])
 
     def forward(self, tokens, state=None, begin=None, padded=False, close=True, last=None, targets=None):
         """Logits of a whole text, or of the next piece of one.
@@ -294,7 +307,8 @@ class Llama(Module):
         Returns logits [B, T, V] float32, and with a state the new state.
         """
         alone = state is None
-        state = self.start() if alone else state
+        state = self.start(read=tokens.shape[1]) if alone else state
+        self.settle(state)
         pos, count = self.number(tokens, state["next"], padded)
         at = Places(pos, state["next"] if isinstance(state["next"], int) and not padded else None)
         x = self.model.embed_tokens(ops.where(tokens < 0, 0, tokens) if padded else tokens)
@@ -308,12 +322,12 @@ class Llama(Module):
         around, n = self.around, state["next"] + count
         if around is None:
             x, layers = self.model(x, at, begin, close, state["layers"])
-            return x, {"next": n, "layers": layers}
+            return x, {**state, "next": n, "layers": layers}
         s = around.known(state["around"], x)
         begin = None if begin is None else around.shifted(begin, at.at, s)
         if not close:
             x, layers = self.model(x, at, begin, close, state["layers"])
-            return x, {"next": n, "layers": layers, "around": s if begin is None else {**s, "begin": begin[..., -1:]}}
+            return x, {**state, "next": n, "layers": layers, "around": s if begin is None else {**s, "begin": begin[..., -1:]}}
         T, m = x.shape[1], around.size
         pos, live = around.places(n, s)
         first = n if isinstance(n, int) and at.first is not None else None
@@ -327,7 +341,7 @@ class Llama(Module):
             pos, _ = around.places(n, s)
             _, layers = self.model(h, Places(pos, first and first + m), docs, False, layers, reading=True)
             n = n + m * live
-        return x, {"next": n, "layers": layers, "around": around.after(h, pos, s, isinstance(live, int))}
+        return x, {**state, "next": n, "layers": layers, "around": around.after(h, pos, s, isinstance(live, int))}
 
     def number(self, tokens, start, padded):
         """Positions [B, 1, T] of tokens that follow `start` others, and how many they are."""
@@ -352,18 +366,19 @@ class Llama(Module):
 
     def still(self, state):
         """The same state with static shapes and no number that only the host knows: for a step that is one graph."""
+        self.settle(state)
         layers = [block.self_attn.memory.still(s) for block, s in zip(self.model.layers, state["layers"])]
         n = state["next"]
         around = {} if self.around is None else {"around": self.around.still(state["around"], layers[0]["pos"])}
-        return {"next": ops.scalar(n) if isinstance(n, int) else n, "layers": layers, **around}
+        return {**state, "next": ops.scalar(n) if isinstance(n, int) else n, "layers": layers, **around}
 
     def moving(self, state):
         """The inverse of still: counters as the host's own ints again, where all rows are alike."""
-        layers = [{**s, "n": ops.host(s["n"])} for s in state["layers"]]
+        layers = [block.self_attn.memory.moving(s) for block, s in zip(self.model.layers, state["layers"])]
         n = state["next"]
         known = lambda n: ops.host(n) if len(n.shape) == 0 else n
         around = {} if self.around is None else {"around": {**state["around"], "more": known(state["around"]["more"])}}
-        return {"next": known(n), "layers": layers, **around}
+        return {**state, "next": known(n), "layers": layers, **around}
 
     def init(self, seed=0, std=0.02):
         """Random weights, the same on every backend: normal of width std, norms 1, biases 0. Mechanisms' own begin as they say."""
@@ -422,7 +437,10 @@ def remember(memory, rule, c):
     overrides what it needs of Memory, and is given the Plugin."""
     pattern = plugins.pattern(rule)
     if pattern is None:
-        return build(memory, "Memory", c)
+        made = build(memory, "Memory", c)
+        if made.parts_heads and any(behaviours(rule, c.num_attention_heads)):
+            raise Refused(f"--memory {memory} sorts the heads in its own way, and --attn {rule} lets them differ too: take --attn full")
+        return made
     if memory.name not in getattr(pattern, "memories", [memory.name]):
         raise Refused(f"--attn {rule} does not work with --memory {memory}: take --memory {' or '.join(pattern.memories)}")
     return worked(pattern, memory.module.Memory)(c, memory.options, rule)

@@ -5,12 +5,17 @@
     a:key=value|b&c                   attention patterns joined: or, and; & binds tighter (in a shell, put it in quotes)
 
 A mechanism's file may hold a plain `class Options` of annotated defaults; here it becomes a frozen dataclass, and it is
-all that the parser needs, so a new option or a new file needs no other edit. Four fields are filled in by the model when
+all that the parser needs, so a new option or a new file needs no other edit. A `budget` may also be given as a share of a text, as in
+budget=0.25: a float until model.start() knows how long the text is, tokens from then on. Four fields are filled in by the model when
 a mechanism declares them: `layer` (the layer's index), `n_layer`, and how many query and key heads there are.
 """
 
 import dataclasses
+import functools
 import importlib
+import itertools
+import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +24,7 @@ from errors import Refused
 ROOT = Path(__file__).parent
 FOLDERS = {"attention": "--attn", "positions": "--pos", "memory": "--memory", "adapters": "--adapter"}
 FILLED_IN = ("layer", "n_layer", "n_head", "n_kv_head")
+FAR = 1 << 22  # no text is longer
 # the modules of joined patterns; the loosest operator first
 JOINED = {"|": "_either", "&": "_both"}
 
@@ -67,7 +73,7 @@ def names(folder):
 def load(folder, name):
     """The module of one mechanism, its Options made a frozen dataclass."""
     module = importlib.import_module(f"{folder}.{name}")
-    options = vars(module).get("Options") or type("Options", (), {})
+    options = vars(module).get("Options") or type("Options", (), {"__module__": module.__name__})
     if not dataclasses.is_dataclass(options) or "__dataclass_fields__" not in vars(options):
         options = dataclasses.dataclass(frozen=True)(options)
     module.Options = options
@@ -98,7 +104,7 @@ def parse(folder, spec):
         given[key] = convert(flag, name, fields[key], text)
     try:
         options = module.Options(**given)
-        getattr(module, "check", lambda o: None)(options)
+        check(dataclasses.replace(options, budget=FAR) if is_share(options) else options)
     except ValueError as no:
         raise Refused(f"{flag} {name}: {no}") from None
     return Plugin(name, module, options)
@@ -123,16 +129,56 @@ def pattern(rule):
     return getattr(wanted, "Pattern", None)
 
 
+def check(options):
+    """Ask the mechanism's file whether its options go together: it raises ValueError where they do not."""
+    getattr(sys.modules[type(options).__module__], "check", lambda o: None)(options)
+
+
+def is_share(options):
+    """Is the budget a share of a text, whose tokens are not known yet?"""
+    return type(getattr(options, "budget", 0)) is float
+
+
+@functools.lru_cache
+def in_tokens(options, read):
+    """The options with a budget that is a share as that many tokens of a text of `read`; at least what the others allow."""
+    if not is_share(options):
+        return options
+
+    def allowed(budget):
+        try:
+            check(dataclasses.replace(options, budget=budget))
+        except ValueError:
+            return False
+        return True
+
+    wanted = max(1, int(options.budget * read + 0.5))
+    return dataclasses.replace(options, budget=next(filter(allowed, itertools.count(wanted))))
+
+
 def convert(flag, name, field, text):
-    """The text of an option as the type of its default; 4k and 1m are 4096 and 1048576."""
+    """The text of an option as the type of its default; 4k and 1m are 4096 and 1048576. A budget may be a share instead: 0.25."""
     kind = type(field.default)
+    if field.name == "budget" and "." in text:
+        return share(flag, name, text)
     try:
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         return number(text) if kind is int else kind(text)
     except (KeyError, ValueError):
         want = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        want += " of tokens, or a share of the text as in 0.25" if field.name == "budget" else ""
         raise Refused(f"{flag} {name}: {field.name} takes {want}, not {text!r}") from None
+
+
+def share(flag, name, text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= 1:
+        raise Refused(f"{flag} {name}: a budget with a point takes a share above 0 and up to 1, not {text!r}: all of a text is 1.0")
+    return value
 
 
 def number(text):
@@ -142,10 +188,21 @@ def number(text):
     return int(text[:-1] if unit > 1 else text) * unit
 
 
+def layers(folder, spec):
+    """The parts of a pattern over depth, between slashes; but those in the name of a file, heads=some/file.tsv, are its own."""
+    parts = []
+    for piece in spec.split("/"):
+        if parts and re.search("heads=[^,]*$", parts[-1]) and piece.partition(":")[0] not in names(folder):
+            parts[-1] += "/" + piece
+        else:
+            parts.append(piece)
+    return parts
+
+
 def tile(folder, spec, n_layer, **heads):
     """A pattern tiled over depth: one Plugin a layer, with `layer`, `n_layer` and heads (n_head, n_kv_head) filled in where a
     mechanism declares them."""
-    pattern = [parse(folder, part) for part in spec.split("/")]
+    pattern = [parse(folder, part) for part in layers(folder, spec)]
     if len(pattern) > n_layer:
         raise Refused(f"{FOLDERS[folder]} {spec} names {len(pattern)} layers, but the model has {n_layer}: give at most that many")
     return [place(pattern[i % len(pattern)], layer=i, n_layer=n_layer, **heads) for i in range(n_layer)]

@@ -44,10 +44,16 @@ def read(model, tokens, state, **how):
     if state is None:
         state = model.start()
         # no room for later tokens: what is written into that is written in place, and the states are saved
-        state["layers"] = [{**s, "capacity": 0} for s in state["layers"]]
+        state = without_room(state)
     logits, state = model(tokens, state, **how)
     seen, aux = ([s[k] for s in state["layers"] if k in s] for k in ("seen", "aux"))
     return logits, {**state, "layers": [{k: x for k, x in s.items() if k not in ("seen", "aux")} for s in state["layers"]]}, seen, sum(aux)
+
+
+def without_room(state):
+    if isinstance(state, dict):
+        return {k: 0 if k == "capacity" else without_room(x) for k, x in state.items()}
+    return [without_room(x) for x in state] if isinstance(state, list) else state
 
 
 def total(model, pieces, loss):

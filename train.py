@@ -182,12 +182,16 @@ def config_of(a, source):
         model = llama.Llama(config)
     if a.segment:
         a.bptt = reach(model, a)
+        for line in cli.lost(model):
+            print(line, file=sys.stderr)
     return config
 
 
 def reach(model, a):
     """--bptt for this model: as asked for, or as far as its memories let gradients flow. Raises Refused for what cannot be."""
     c, memories = model.config, [block.self_attn.memory for block in model.model.layers]
+    if any(plugins.is_share(memory.given) for memory in memories):
+        raise Refused(f"--memory {c.memory} is a share of a text, and training reads rows of many: give its budget in tokens")
     if any(memory.whole_rows for memory in memories):
         raise Refused(f"--attn {c.attn} chooses among the tokens of a whole row: train without --segment, or give it assign=argmax")
     if not all(memory.cuts for memory in memories):
@@ -241,7 +245,7 @@ def loss_and_seen(model, batch, total):
     seen = []
 
     def watched(tokens, **how):
-        losses, state = model(tokens, model.start(), close=False, **how)
+        losses, state = model(tokens, model.start(read=tokens.shape[1]), close=False, **how)
         seen.extend(s["seen"] for s in state["layers"] if "seen" in s)
         return losses
 

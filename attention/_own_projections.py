@@ -60,3 +60,10 @@ class Pattern(Memory):
         T = now.shape[2]
         since = seg.at.at[:, :, :T] - (0 if seg.begin is None else seg.begin[:, :, :T])
         return ops.cat([ops.where((since < self.n)[..., None], now, y[:, :, :T]), y[:, :, T:]], 2), s
+
+    def cut(self, s, n):
+        s = super().cut(s, n)
+        if s is None or "global" not in s:
+            return s
+        kept = s["global"]["pos"]
+        return {**s, "global": {**s["global"], "pos": ops.where(kept < n, kept, -1)}}

@@ -357,11 +357,14 @@ def no_grad():
 
 def read_safetensors(path):
     """name -> array, on the device in use."""
-    return mx.load(str(path))
+    return mx.load(str(path), format="safetensors")
 
 
-def write_safetensors(path, arrays):
-    mx.save_safetensors(str(path), arrays, metadata={"format": "pt"})
+def write_safetensors(path, arrays, metadata=None):
+    """metadata: more strings by name, for the file's head."""
+    # to a path it would add its own ending
+    with open(path, "wb") as file:
+        mx.save_safetensors(file, arrays, metadata={"format": "pt", **(metadata or {})})
 
 
 # training

@@ -399,8 +399,10 @@ def read_safetensors(path):
     return safetensors.torch.load_file(path, device=str(device()))
 
 
-def write_safetensors(path, arrays):
-    safetensors.torch.save_file({k: v.detach().contiguous() for k, v in arrays.items()}, path, metadata={"format": "pt"})
+def write_safetensors(path, arrays, metadata=None):
+    """metadata: more strings by name, for the file's head."""
+    arrays = {k: v.detach().contiguous() for k, v in arrays.items()}
+    safetensors.torch.save_file(arrays, path, metadata={"format": "pt", **(metadata or {})})
     # the library leaves the file to its owner alone
     os.chmod(path, 0o644)
 
@@ -606,4 +608,6 @@ def fast_call():
     what makes the compiler stream a one-row product at the speed of memory."""
     if device().type != "cuda":
         return call
+    # layers that remember differently much (pyramidkv, duo) are a graph each, and torch gives up after 8
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     return torch.compile(call, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True})

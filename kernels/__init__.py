@@ -44,8 +44,9 @@ class Bias(NamedTuple):
     table: Any = None
 
     def of(self, heads):
-        """The same for some of the heads, neighbours, a range."""
-        return Bias(*(None if x is None else x[heads.start : heads.stop] for x in self))
+        """The same for some of the heads, a range or a tuple."""
+        pick = lambda x: x[heads.start : heads.stop] if isinstance(heads, range) else ops.entries(x, ops.constant(heads), 0)
+        return Bias(*(None if x is None else pick(x) for x in self))
 
 
 if TRITON:

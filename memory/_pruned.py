@@ -26,8 +26,14 @@ class Pruned(Memory):
 
     def __init__(self, c, o):
         super().__init__(c, o)
-        self.size, self.renumbers = o.budget, o.kv_positions == "reindex"
-        self.unturned = self.renumbers
+        self.unturned = self.renumbers = o.kv_positions == "reindex"
+
+    @property
+    def size(self):
+        return self.o.budget
+
+    def stays(self, n):
+        return None
 
     def attend(self, attn, q, seg, s):
         y, s = super().attend(attn, q, seg, s)

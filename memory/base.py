@@ -10,7 +10,10 @@ A layer's state is a dict that is passed in and handed back:
 Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
 """
 
+import numpy as np
+
 import ops
+import plugins
 from kernels import Places, attend
 from ops import Module
 
@@ -18,7 +21,7 @@ from ops import Module
 class Memory(Module):
     """The policy of one layer. c: Config; o: the policy's Options. A file usually overrides `size` and `rank`, or pack/unpack."""
 
-    size = None  # slots that survive a close; None: all of them
+    size = None  # slots that survive a close; None: all of them. What follows from a budget is a property: see settle()
     always = 0  # that many leading slots are exempt from the attention pattern,
     opening = 0  # and so are the first so many tokens of each document
     heads_differ = False  # does each key head remember tokens of its own?
@@ -28,10 +31,15 @@ class Memory(Module):
     observes = False  # are some parameters learned from what is seen in training, not by gradients? Then see learn()
     learning = False  # does the model train?
     unturned = False  # do keys wait unturned under any position scheme?
+    parts_heads = False  # does it treat heads differently, so that a pattern may not?
 
     def __init__(self, c, o):
         super().__init__()
-        self.c, self.o = c, o
+        self.c, self.o, self.given = c, o, o
+
+    def settle(self, read):
+        """A budget that is a share becomes tokens: of a text of `read` tokens."""
+        self.o = plugins.in_tokens(self.given, read)
 
     # the policy: what is stored of a token, its inverse, and which slots outlive the segment
 
@@ -124,9 +132,39 @@ class Memory(Module):
         n = size if isinstance(s["n"], int) else ops.minimum(s["n"], size)
         return {**s, **{f: ops.take(s[f], keep) for f in self.fields if f in s}, "n": n, "first": None}
 
+    def moving(self, s):
+        """The inverse of still, where all rows are alike."""
+        return {**s, "n": ops.host(s["n"])}
+
+    def room(self, s, segment, n):
+        """The state with capacity for n more tokens, of which `segment` come between closes."""
+        return {**s, "capacity": self.size + segment if self.size is not None else max(s["capacity"], s["n"] + n)}
+
+    def packed(self, s):
+        """The state without the room that nothing bounds."""
+        return self.used(s) if self.size is None else s
+
+    def cut(self, s, n):
+        """The state, as a call left it, as it was after the text's first n tokens; None where what was forgotten cannot come back."""
+        return self.used({**s, "n": n}) if self.size is None else None
+
+    def stays(self, n):
+        """Which of a text's first n tokens are remembered after them for sure, bool [n]; None where the text itself decides."""
+        return np.arange(n) >= n - (n if self.size is None else self.size)
+
     def still(self, s):
         """The same state for a static graph: every slot allocated, and counters that the graph can hold."""
         return {**self.make_room(s), "n": ops.scalar(s["n"]), "first": None}
+
+    @property
+    def grows(self):
+        """Does every token take a slot for good?"""
+        return self.size is None
+
+    @property
+    def forgets(self):
+        """Does closing a segment change anything?"""
+        return self.size is not None
 
     @property
     def enough(self):

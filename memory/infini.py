@@ -56,6 +56,10 @@ class Memory(Base):
     def initial(self, attn, name):
         return ops.array(np.zeros((self.c.num_attention_heads, 1), "float32"))
 
+    def stays(self, n):
+        # in the matrix
+        return np.ones(n, bool)
+
     def gate(self):
         """[H, 1, 1], the share of the past."""
         beta = ops.cast(self.beta.weight, ops.float32)[..., None]

@@ -27,10 +27,11 @@ def check(o):
 
 
 class Memory(Snap):
-    def __init__(self, c, o):
-        super().__init__(c, o)
+    @property
+    def size(self):
+        o = self.o
         mean = o.budget - o.window
         low = mean // o.beta
         # a single layer stands in the middle
         depth = o.layer / (o.n_layer - 1) if o.n_layer > 1 else 0.5
-        self.size = o.window + int(2 * mean - low + depth * (2 * low - 2 * mean) + 0.5)
+        return o.window + int(2 * mean - low + depth * (2 * low - 2 * mean) + 0.5)

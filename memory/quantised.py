@@ -15,10 +15,9 @@ import functools
 
 import ops
 import plugins
-from memory.base import Memory as Base
-from memory.base import blank
+from memory._past import Past
 
-POLICIES = ("window", "h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv")
+POLICIES = ("window", "h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv", "expected")
 CODES = ("k_code", "k_scale", "v_code", "v_scale")
 
 
@@ -49,8 +48,8 @@ def check(o):
     module.check(inner)
 
 
-class Memory(Base):
-    """A state holds the open segment as any other does, and under "past" what was kept before: codes, and the other fields as they are."""
+class Memory(Past):
+    """What is past is held as codes and scales, and the other fields as they are."""
 
     def __new__(cls, c, o, *rest):
         return super().__new__(over(cls, policy(o)[0].Memory))
@@ -61,48 +60,16 @@ class Memory(Base):
             raise ValueError(f"channels={o.channels} must divide head_dim={c.head_dim}, which must be even")
         self.bits, self.channels, self.unturned = o.bits, o.channels, True
 
-    def start(self, segment, total):
-        return {"n": 0, "first": None, "capacity": segment}
-
-    def attend(self, attn, q, seg, s):
-        if "past" not in s:
-            return super().attend(attn, q, seg, s)
-        y, t = super().attend(attn, q, seg, self.whole(s))
-        # what the policy noted of each slot goes back to where it came from
-        n, noted = s["past"]["pos"].shape[2], [f for f in self.fields if f in s and f not in ("k", "v", "pos")]
-        past = {**s["past"], **{f: t[f][:, :, :n] for f in noted}}
-        here = {f: ops.cat([t[f][:, :, n:], s[f][:, :, t[f].shape[2] - n :]], 2) for f in noted}
-        return y, {**t, **{f: s[f] for f in ("k", "v", "pos", "n", "first")}, **here, "past": past}
-
-    def close(self, attn, seg, s):
-        t = self.whole(s)
-        for f, a in self.encoded(self.used(s)).items():
-            t[f] = ops.cat([s["past"][f], a], 2) if "past" in s else a
-        t = super().close(attn, seg, {**t, "capacity": 0})
-        past = {f: t[f] for f in self.fields if f not in ("k", "v")}
-        open_ = {f: s[f][:, :, :0] if f in self.fields else a for f, a in t.items() if f not in CODES}
-        return self.make_room({**open_, "past": past, "n": s["n"] * 0, "first": None, "capacity": s["capacity"]})
-
-    def still(self, s):
-        """A static graph has every slot of the past from the beginning."""
-        s = self.make_room(s)
-        like = {**s, **self.encoded({f: s[f][:, :, :1] for f in "kv"})}
-        none = {f: a[:, :, :0] for f, a in like.items() if f in self.fields and f not in ("k", "v")}
-        past = {f: ops.cat([a, blank(f, like[f], self.size - a.shape[2])], 2) for f, a in s.get("past", none).items()}
-        return super().still({**s, "past": past})
-
-    def encoded(self, s):
+    def sealed(self, s):
         """The codes and scales of s["k"] and s["v"], by their fields."""
         return dict(zip(CODES, (*encode(s["k"], self.bits, self.channels), *encode(s["v"], self.bits, self.channels))))
 
-    def whole(self, s):
-        """Past and segment as one state of the policy's, every slot in use."""
-        used, past = self.used(s), s.get("past")
-        if past is None:
-            return {**used, "n": used["pos"].shape[2]}
-        old = {**past, **{f: decode(past[f"{f}_code"], past[f"{f}_scale"], self.bits, used[f].dtype) for f in "kv"}}
-        both = {f: ops.cat([old[f], used[f]], 2) for f in self.fields if f in used}
-        return {**used, **both, "n": both["pos"].shape[2], "first": None}
+    def folded(self, t):
+        return super().folded({f: a for f, a in t.items() if f not in ("k", "v")})
+
+    def unfolded(self, past, like):
+        past = super().unfolded(past, like)
+        return {**past, **{f: decode(past[f"{f}_code"], past[f"{f}_scale"], self.bits, like[f].dtype) for f in "kv"}}
 
 
 @functools.cache

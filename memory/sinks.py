@@ -7,6 +7,8 @@ before the oldest recent key. A sink is turned from its unrotated key each time:
 add up rounding errors in bfloat16.
 """
 
+import numpy as np
+
 import ops
 from memory.base import Memory as Base
 
@@ -29,7 +31,11 @@ class Memory(Base):
 
     def __init__(self, c, o):
         super().__init__(c, o)
-        self.size, self.always, self.opening = o.budget, o.sinks, o.sinks
+        self.always = self.opening = o.sinks
+
+    @property
+    def size(self):
+        return self.o.budget
 
     def pack(self, attn, x, seg):
         # born: where the token really stood; pos: where it is felt to stand
@@ -38,6 +44,10 @@ class Memory(Base):
     def rank(self, attn, seg, s):
         since = s["born"] - (0 if seg.begin is None else seg.begin[..., -1:])
         return ops.where(since < self.o.sinks, 1e9 - ops.cast(since, ops.float32), ops.cast(s["pos"], ops.float32))
+
+    def stays(self, n):
+        at = np.arange(n)
+        return (at < self.o.sinks) | (at >= n - (self.size - self.o.sinks))
 
     def forget(self, attn, seg, s):
         s, n = super().forget(attn, seg, s), self.o.sinks

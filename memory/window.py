@@ -14,6 +14,6 @@ def check(o):
 
 
 class Memory(Base):
-    def __init__(self, c, o):
-        super().__init__(c, o)
-        self.size = o.budget
+    @property
+    def size(self):
+        return self.o.budget

@@ -235,7 +235,7 @@ def command(script):
 def keeper(path, result):
     """keep() writes what is there so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return lambda: evaluate.write(path, lambda partial: partial.write_text(json.dumps(result, indent=1) + "\n"))
+    return lambda: cli.write(path, lambda partial: partial.write_text(json.dumps(result, indent=1) + "\n"))
 
 
 def show(n):
@@ -274,7 +274,7 @@ def plot(curves, mark, path, what, unit):
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    evaluate.write(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
+    cli.write(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
     cli.say(f"drawn into {path}")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import cli
 import evaluate
 import ops
 import passkey
@@ -313,11 +314,11 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        evaluate.write(path, broken)
+        cli.write(path, broken)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
     with open(path) as reading:
-        evaluate.write(path, lambda partial: partial.write_text("after"))
+        cli.write(path, lambda partial: partial.write_text("after"))
         assert reading.read() == "before"
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(Refused, match="could not be written"):
-        evaluate.write(tmp_path / "gone" / "r.json", lambda partial: partial.write_text("x"))
+        cli.write(tmp_path / "gone" / "r.json", lambda partial: partial.write_text("x"))

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import small, tiny
 
+import cli
 import ops
+import plugins
 from errors import Refused
 from generate import Sampler, Session, Until, generate
 
@@ -60,6 +62,15 @@ def test_a_bounded_cache_stays_flat_far_past_its_budget():
         assert np.isfinite(logits).all()
     # the segment's room fills and empties; what is allocated does not move
     assert max(sizes) == min(sizes)
+
+
+@pytest.mark.parametrize("name", plugins.names("memory"))
+def test_room_is_made_for_what_takes_it(name):
+    """A bounded memory wants no more for a longer text; a growing one exactly as much."""
+    memory = tiny(memory=small("memory", name)).model.layers[0].self_attn.memory
+    start = memory.start(4, 0)
+    assert memory.room(start, 4, 0) == start
+    assert (memory.room(start, 4, 99) == memory.start(4, 99) != start) if memory.grows else (memory.room(start, 4, 99) == start)
 
 
 def test_full_memory_is_counted_in_bytes():
@@ -137,3 +148,39 @@ def test_generate_streams_counts_and_stops():
     assert len(session.tokens) == 31
     again, _ = generate(Session(tiny(), chunk=8), Letters(), list(range(20)), 12, Sampler(temperature=0), stops=[text[4:6]])
     assert again == text[: text.find(text[4:6])]
+
+
+@pytest.mark.parametrize(
+    "attn, memory, says",
+    [
+        ("full", "window:budget=4", None),
+        ("window:window=512", "full", None),
+        ("window:window=512", "window:budget=511", None),
+        ("window:window=512", "window:budget=510", "511 of the past, and"),
+        ("window:window=512", "snapkv:budget=511", None),
+        ("window:window=512", "snapkv:budget=510", "511 of the past, and"),
+        ("window:window=512", "snapkv:budget=0.5", None),
+        ("window:window=512", "quantised:budget=510,channels=8", "511 of the past, and"),
+        ("window:window=512", "pooled:budget=2043,sinks=0", "511 of the past, and"),
+        ("window:window=512", "pooled:budget=2044,sinks=0", None),
+        ("window:window=512", "xl:length=510", "511 of the past, and"),
+        ("window:window=512", "infini", None),
+        ("longformer:window=512,n_global=3", "window:budget=511", "514 of the past, the text's first ones"),
+        ("longformer:window=512,n_global=3", "window:budget=9999", "514 of the past, the text's first ones"),
+        ("longformer:window=512,n_global=3", "sinks:budget=514,sinks=3", None),
+        ("longformer:window=512,n_global=3", "sinks:budget=513,sinks=3", "514 of the past"),
+        ("window:window=512", "duo:budget=20,sinks=4", "511 of the past"),
+        ("window:window=512", "duo:budget=20,sinks=4,share=1.0", None),
+        ("strided", "window", "however far back"),
+        ("bigbird", "sinks", "however far back"),
+        ("duo", "sinks", "however far back"),
+        ("full/window:window=9", "sinks/window:budget=7", "--attn window:window=9 may see 8 of the past, and --memory window:budget=7 "),
+        ("routing", "full", None),
+        ("s2", "window:budget=5", None),
+    ],
+)
+def test_what_a_memory_loses_is_said(attn, memory, says):
+    model = tiny(attn, memory=memory)
+    model.model.patterns(training=False)
+    notes = cli.lost(model)
+    assert (not notes) if says is None else (len(notes) == 1 and says in notes[0]), notes

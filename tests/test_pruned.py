@@ -1,16 +1,19 @@
 """Pruned caches as their papers have them: caches of plain Python lists, filled token by token in float64, and what must stay bounded."""
 
+import re
+
 import numpy as np
 import pytest
-from conftest import apart, run, text, tiny, weights, whole
+from conftest import apart, run, small, text, tiny, weights, whole
 from test_mechanisms import segmented_loss
 
 import ops
 import plugins
 from errors import Refused
+from generate import Session
 from model import Llama
 
-PRUNED = ["h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv"]
+PRUNED = ["h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv", "expected"]
 every = pytest.mark.parametrize
 
 
@@ -82,7 +85,7 @@ class Reference:
             self.t += 1
         for layer in self.layers:
             self.forget(self, layer)
-            if self.o.kv_positions == "reindex":
+            if getattr(self.o, "kv_positions", "absolute") == "reindex":
                 for entries in layer.heads:
                     for n, e in enumerate(sorted(entries, key=lambda e: -e.at)):
                         e.at = self.t - 1 - n
@@ -167,6 +170,53 @@ def keydiff(self, layer):
         layer.heads[j] = [entries[i] for i in sorted(best)]
 
 
+def kept(memory, s):
+    """Positions of the slots in use, [B, 1 or K, N]."""
+    return ops.numpy((memory.whole(s) if hasattr(memory, "whole") else s)["pos"])
+
+
+def expected(self, layer):
+    """The Gaussian's expectation with the whole covariance, and the mean of the rotations as a matrix."""
+    o, D, G = self.o, self.c.head_dim, self.c.num_attention_heads // self.c.num_key_value_heads
+    ahead = range(self.t, self.t + o.future)
+    # rows: where each channel goes
+    R = np.eye(D) if self.slopes is not None else np.mean([turn(np.eye(D), t, self.c.rope_theta) for t in ahead], 0)
+    for j, entries in enumerate(layer.heads):
+        if len(entries) <= o.budget:
+            continue
+        old = [e for e in entries if e.at >= o.sinks]
+        keys = np.array([e.k if self.slopes is not None else turn(e.k, e.at, self.c.rope_theta) for e in old])
+        share = 0
+        for h in range(j * G, j * G + G):
+            q = np.array([q[h] for t, q in layer.asked[-o.window :] if t >= o.sinks])
+            mu, sigma = q.mean(0) @ R, R.T @ np.atleast_2d(np.cov(q.T, bias=True)) @ R
+            z = np.exp(keys @ mu / np.sqrt(D) + np.einsum("nd,de,ne->n", keys, sigma, keys) / 2 / D)
+            share = share + z / z.sum()
+        score = share * [np.linalg.norm(e.v) for e in old]
+        order = sorted(range(len(old)), key=lambda i: (-score[i], -old[i].at))
+        best = [old[i] for i in order[: o.budget - len(entries) + len(old)]]
+        layer.heads[j] = [e for e in entries if e in best or e.at < o.sinks]
+
+
+def pooled(self, layer):
+    """While there are too many: the oldest block that is whole, older than the recent tokens and not squeezed yet; else the oldest goes."""
+    o = self.o
+    recent = int(o.recent * o.budget)
+    for entries in layer.heads:
+        while len(entries) > o.budget:
+            old = [e for e in entries if e.at >= o.sinks]
+            for i, e in enumerate(old):
+                block = old[i : i + o.rate]
+                if (e.at - o.sinks) % o.rate == 0 and not hasattr(e, "squeezed") and block[-1].at <= self.t - 1 - recent:
+                    one = Entry(sum(e.k for e in block) / o.rate, sum(e.v for e in block) / o.rate, block[-1].at)
+                    one.squeezed = True
+                    at = entries.index(e)
+                    entries[at : at + o.rate] = [one]
+                    break
+            else:
+                entries.remove(old[0])
+
+
 def both(spec, tokens, segment, **how):
     """Logits of the model and of the reference, and the positions that each layer's key heads keep after every segment."""
     pos, attn = ("alibi" if how.get("slopes") is not None else "rope"), "full"
@@ -180,8 +230,8 @@ def both(spec, tokens, segment, **how):
             y, state = model(ops.array(tokens[:, i : i + segment]), state)
             logits.append(ops.numpy(y)[0])
             want += reference.segment(tokens[0, i : i + segment])
-            for s, layer in zip(state["layers"], reference.layers):
-                held = ops.numpy(s["pos"])[0]
+            for block, s, layer in zip(model.model.layers, state["layers"], reference.layers):
+                held = kept(block.self_attn.memory, s)[0]
                 for j, entries in enumerate(layer.heads):
                     got = held[min(j, len(held) - 1)]
                     assert sorted(got[got >= 0]) == sorted(e.at for e in entries), (i, layer.i, j)
@@ -195,6 +245,7 @@ SPECS = {
     "snapkv": ["budget=10,window=4", "budget=9,window=2,pool=3", "budget=8,window=6,pool=1"],
     "keydiff": ["budget=10", "budget=3"],
     "pyramidkv": ["budget=10,window=4,pool=3", "budget=12,window=2,pool=1,beta=2"],
+    "expected": ["budget=10,window=4,future=8,sinks=2", "budget=7,window=12,future=1,sinks=0", "budget=12,window=6,future=64"],
     "adakv": [
         "budget=10,window=4",
         "budget=9,window=2,pool=1,floor=0",
@@ -202,13 +253,14 @@ SPECS = {
         "budget=10,window=1,pool=1,floor=0.9",
     ],
 }
+SQUEEZED = ["pooled:budget=10,rate=2,sinks=2", "pooled:budget=12,rate=3,sinks=0,recent=0.5", "pooled:budget=12,rate=4,sinks=4,recent=0.1"]
 SPECS["adakv"] += ["budget=10,window=1,pool=1,floor=0.9"]
 ALL = [f"{name}:{o}" for name, options in SPECS.items() for o in options]
 FIRST = [f"{name}:{options[0]}" for name, options in SPECS.items()]
 
 
 @every("segment", [1, 4, 13])
-@every("spec", ALL)
+@every("spec", [*ALL, *SQUEEZED])
 def test_what_is_kept_is_what_the_paper_says(spec, segment):
     got, want = both(spec, text(40), segment)
     assert apart(got, want) < 1e-3
@@ -240,21 +292,23 @@ def test_without_eviction_the_reference_is_the_model():
 # ---------------------------------------------------------------- budgets
 
 
-def held(state):
+def held(model, state):
     """Bytes of each layer's state, and tokens that each key head holds: two lists."""
     size = [[] for _ in state["layers"]]
     for s, out in zip(state["layers"], size):
         ops.tree_map(lambda a, out=out: out.append(ops.nbytes(a)) or a, s)
-    return [sum(x) for x in size], [(ops.numpy(s["pos"]) >= 0).sum(-1) for s in state["layers"]]
+    memories = [block.self_attn.memory for block in model.model.layers]
+    return [sum(x) for x in size], [(kept(memory, s) >= 0).sum(-1) for memory, s in zip(memories, state["layers"])]
 
 
 def promised(name, o, model, segment, layer):
-    """Bytes of one row of a layer in float32: slots of keys, values and positions, and what scores need."""
+    """Bytes of one row of a layer in float32: slots of keys, values and positions, and what scores need. Ada-KV's are SnapKV's, and how
+    many are each head's."""
     c = model.config
     H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    slots = model.model.layers[layer].self_attn.memory.size + segment
+    slots = (o.budget if name == "adakv" else model.model.layers[layer].self_attn.memory.size) + segment
     queries = getattr(o, "window", 1 if name == "tova" else 0) * (H * D + 2)
-    return 4 * (slots * (K * (2 * D + (name == "h2o")) + (1 if name == "tova" else K)) + queries)
+    return 4 * (slots * (K * (2 * D + (name == "h2o")) + (1 if name == "tova" else K)) + queries + K * (name == "adakv"))
 
 
 @every("segment", [1, 8])
@@ -267,7 +321,7 @@ def test_a_long_stream_in_the_bytes_that_were_promised(spec, segment):
         for i in range(0, T, segment):
             y, state = model(ops.array(text(T)[:, i : i + segment]), state)
             assert np.isfinite(ops.numpy(y)).all()
-            size, tokens = held(state)
+            size, tokens = held(model, state)
             if i > 4 * o.budget:
                 sizes.add(tuple(size))
                 # every head holds its budget; pyramidkv's in the mean over layers, adakv's in the mean over heads
@@ -281,12 +335,31 @@ def test_a_long_stream_in_the_bytes_that_were_promised(spec, segment):
 
 
 def test_pyramid_and_shares():
-    """PyramidKV's layers lie on a line whose mean is the budget; with widest=2 Ada-KV's slots are twice those of SnapKV."""
+    """PyramidKV's layers lie on a line whose mean is the budget; with widest=2 Ada-KV's rectangle is twice SnapKV's."""
     sizes = [b.self_attn.memory.size for b in tiny(memory="pyramidkv:budget=120,window=20,beta=20", layers=5).model.layers]
     assert sizes == [20 + 195, 20 + 148, 20 + 100, 20 + 53, 20 + 5] and abs(np.mean(sizes) - 120) <= 0.5
     alone = tiny(memory="pyramidkv:budget=120,window=20", layers=1)
     assert alone.model.layers[0].self_attn.memory.size == 120
     assert tiny(memory="adakv:budget=64").model.layers[0].self_attn.memory.size == 128
+
+
+@every("how", ["", "quantised:keep="])
+def test_ragged_heads_cost_what_snapkv_costs(how):
+    """Whatever Ada-KV's heads keep, and however wide the widest may be: beside SnapKV's bytes only how many are each head's."""
+    sizes, kinds = [], ("snapkv:budget=10,window=2", "adakv:budget=10,window=2,widest=1.5", "adakv:budget=10,window=2")
+    for spec in kinds:
+        if how:
+            spec = how + spec.partition(":")[0] + ",budget=40,channels=8"
+        model = tiny(memory=spec)
+        state = model.start(8, 80)
+        with ops.no_grad():
+            for i in range(0, 80, 8):
+                _, state = model(ops.array(text(80)[:, i : i + 8]), state)
+        size, tokens = held(model, state)
+        sizes.append(size)
+        assert how or spec[0] == "s" or len(set(tokens[0][0])) == 2, "control: heads differ"
+    counts = [4 * 2, 4 * 2]
+    assert sizes[1] == sizes[2] == [a + b for a, b in zip(sizes[0], counts)]
 
 
 @every("n", range(1, 9))
@@ -353,6 +426,13 @@ def test_rows_and_documents_by_themselves(spec, reindex):
     assert apart(run(model, tokens[:1], whole(32), begin)[:, 12:], want) < 1e-4
 
 
+def test_other_documents_queries_expect_nothing():
+    """Where the window reaches over a document's beginning, what it keeps is what it would keep alone."""
+    model, begin = tiny(memory="expected:budget=7,window=30,future=4,sinks=2"), np.where(np.arange(32) >= 12, 12, 0)[None].astype("int32")
+    want = run(model, text(32)[:, 12:], [[4], [8], [8]])
+    assert apart(run(model, text(32), whole(32), begin)[:, 12:], want) < 1e-4
+
+
 def test_scores_in_parts(monkeypatch):
     """Queries are cut so that few scores exist at once: to nothing but rounding the same."""
     from memory import _pruned
@@ -361,6 +441,63 @@ def test_scores_in_parts(monkeypatch):
     monkeypatch.setattr(_pruned, "SCORES", 1)
     for spec, y in zip(FIRST, want):
         assert apart(run(tiny(memory=spec), text(40, 2), whole(40)), y) < 1e-4
+
+
+# ---------------------------------------------------------------- shares
+
+BUDGETED = [name for name in plugins.names("memory") if "budget" in plugins.load("memory", name).Options.__dataclass_fields__]
+
+
+def shared(name, budget):
+    """The tiny spelling of a memory with another budget; of vectors around segments, with layers that keep something."""
+    keep = "keep=window," if "keep" in plugins.load("memory", name).Options.__dataclass_fields__ and name != "quantised" else ""
+    return str(plugins.parse("memory", re.sub("budget=[0-9]+", f"{keep}budget={budget}", small("memory", name))))
+
+
+@every("name", BUDGETED)
+def test_a_share_is_so_many_tokens(name):
+    """0.3 of 40 tokens are 12, in what comes out and in what is held; texts of other lengths in between change nothing."""
+    some, tokens, other = (tiny(memory=shared(name, b)) for b in (0.3, 12, 8))
+    assert shared(name, 0.3) == str(plugins.parse("memory", shared(name, 0.3)))
+    want = run(tokens, text(40), whole(40), room=40)
+    assert (run(some, text(40), whole(40), room=40) == want).all()
+    assert apart(run(other, text(40), whole(40), room=40), want) > 1e-2
+    a, b = (Session(model, chunk=8, segment=4) for model in (some, tokens))
+    between = Session(some, chunk=8, segment=4)
+    for i, part in enumerate((text(40)[0], [7], text(9)[0])):
+        assert apart(ops.numpy(a.read(part, 9)), ops.numpy(b.read(part, 9))) < 1e-5
+        between.read(text(11 + i)[0], 3)
+        for token in text(9)[0].tolist():
+            assert apart(ops.numpy(a.step(token)), ops.numpy(b.step(token))) < 1e-5
+            between.step(3) if i == 2 and token % 3 == 0 and between.room else None
+    assert a.nbytes() == b.nbytes() != between.nbytes()
+
+
+@every("n", range(1, 9))
+@every("name", BUDGETED)
+def test_a_share_of_hardly_anything(name, n):
+    """A budget is never smaller than the memory's other options allow."""
+    made = Session(tiny(memory=shared(name, 0.01)), chunk=8, segment=2)
+    assert np.isfinite(ops.numpy(made.read(text(n)[0], 12))).all()
+    assert all(np.isfinite(ops.numpy(made.step(3))).all() for _ in range(12))
+    smallest = {"sinks": 3, "duo": 3, "pooled": 7, "expected": 3, "snapkv": 6, "pyramidkv": 6, "adakv": 6}.get(name, 1)
+    assert made.model.model.layers[0].self_attn.memory.o.budget == smallest
+
+
+def test_shares_are_the_papers():
+    """PyramidKV's layers share 0.25 of 800 tokens, Ada-KV's slots are twice as many."""
+    model = tiny(memory="pyramidkv:budget=0.25,window=20", layers=5)
+    model.start(read=800)
+    assert [b.self_attn.memory.size for b in model.model.layers] == [
+        b.self_attn.memory.size for b in tiny(memory="pyramidkv:budget=200,window=20", layers=5).model.layers
+    ]
+
+
+def test_a_share_of_an_unknown_length_is_refused():
+    model = tiny(memory="full/snapkv:budget=0.25")
+    with pytest.raises(Refused, match="give its budget in tokens"):
+        model.start()
+    assert apart(run(model, text(20)), run(tiny(), text(20))) < 1e-5, "a whole text forgets nothing"
 
 
 # ---------------------------------------------------------------- fewer bits
@@ -410,14 +547,15 @@ def test_quantised_keeps_what_its_policy_keeps(keep):
     with ops.no_grad():
         _, other = plain(ops.array(text(T)[:, :n]), plain.start())
         _, state = model(ops.array(text(T)[:, :n]), model.start())
-        for a, b in zip(other["layers"], state["layers"]):
-            pos = ops.numpy(b["past"]["pos"])
-            for x, y in zip(ops.numpy(a["pos"])[0], pos[0]):
+        memories = [[block.self_attn.memory for block in m.model.layers] for m in (plain, model)]
+        for i, j, a, b in zip(*memories, other["layers"], state["layers"]):
+            for x, y in zip(kept(i, a)[0], kept(j, b)[0]):
                 assert sorted(x[x >= 0]) == sorted(y[y >= 0])
-        before = [{f: ops.numpy(s["past"][f])[0] for f in ("pos", "k_code", "v_scale")} for s in state["layers"]]
+        held = lambda memory, s: memory.unfolded(s["past"], s)
+        before = [{f: ops.numpy(held(m, s)[f])[0] for f in ("pos", "k_code", "v_scale")} for m, s in zip(memories[1], state["layers"])]
         _, state = model(ops.array(text(T)[:, n : n + 3]), state)
-        for b, s in zip(before, state["layers"]):
-            after, same = {f: ops.numpy(s["past"][f])[0] for f in b}, 0
+        for b, memory, s in zip(before, memories[1], state["layers"]):
+            after, same = {f: ops.numpy(held(memory, s)[f])[0] for f in b}, 0
             for head in range(2):
                 at = lambda x, head=head: x["pos"][min(head, len(x["pos"]) - 1)]
                 for i, p in enumerate(at(b)):
@@ -469,7 +607,7 @@ def test_quantised_bytes(bits):
     with ops.no_grad():
         for i in range(0, T, 4):
             _, state = model(ops.array(text(T)[:, i : i + 4]), state, close=i % 8 == 4)
-            sizes.add(tuple(held(state)[0])) if i >= 28 else None
+            sizes.add(tuple(held(model, state)[0])) if i >= 28 else None
     K, D = 2, 8
     assert sizes == {(24 * (K * 2 * (D * bits // 8 + 4) + 4) + 8 * (K * 2 * D * 4 + 4),) * 2}
 
@@ -480,8 +618,6 @@ def test_quantised_bytes(bits):
 @every("spec", [*FIRST, "quantised:budget=10,channels=8"])
 def test_writing_in_constant_memory(spec):
     """A session that reads in chunks and writes token by token holds the same bytes however long it goes on."""
-    from generate import Session
-
     session, sizes = Session(tiny(memory=spec), chunk=8, segment=4), set()
     session.read(text(21)[0], 60)
     for i, token in enumerate(text(60)[0]):
@@ -521,11 +657,18 @@ def test_gradients_of_what_is_kept(spec, segments):
         ("keydiff:kv_positions=relative", "absolute or reindex"),
         ("pyramidkv:window=0", "window"),
         ("pyramidkv:beta=0", "beta"),
+        ("expected:sinks=1024", "larger than the sinks"),
+        ("expected:future=0", "at least 1"),
         ("adakv:floor=2", "floor"),
         ("adakv:widest=0.5", "widest"),
         ("quantised:bits=3", "4 or 8"),
         ("quantised:keep=sinks", "choose one of"),
         ("quantised:keep=snapkv,budget=20", "larger than the window"),
+        ("snapkv:budget=0.0", "share above 0"),
+        ("window:budget=1.5", "share above 0 and up to 1"),
+        ("h2o:budget=0.x", "share above 0"),
+        ("sinks:budget=a quarter", "or a share"),
+        ("snapkv:budget=0.5,pool=4", "odd"),
     ],
     ids=str,
 )

@@ -341,6 +341,7 @@ BAD = {
     "a negative bptt": ({"segment": 16, "bptt": -1}, "--bptt"),
     "a bptt that is no number": ({"segment": 16, "bptt": "some"}, "--bptt"),
     "bptt of a memory that cuts": ({"segment": 16, "bptt": 2, "memory": "xl"}, "--memory xl"),
+    "a share of unknown texts": ({"segment": 16, "memory": "snapkv:budget=0.25"}, "budget in tokens"),
     "a pattern of whole rows": ({"segment": 16, "attn": "full/routing"}, "assign=argmax"),
 }
 

@@ -107,3 +107,17 @@ def test_what_cannot_be_is_refused():
     for spec in ("tokens/full", "tokens:size=3/tokens:size=4"):
         with pytest.raises(Refused, match="all must say the same"):
             Llama(Config(memory=spec, hidden_size=32, num_attention_heads=4))
+
+
+@pytest.mark.parametrize("memory", [SPEC, "tokens:size=3,keep=window,budget=6,closed=false", "summary:k=3,closed=false", "melodi:short=3"])
+def test_a_session_has_room_for_the_vectors(memory):
+    """Whatever a static graph writes between two closes: the segment's tokens, and behind them the vectors."""
+    from generate import Session
+
+    session, tokens = Session(tiny(memory=memory), chunk=8, segment=4), text(24)
+    got = [session.read(tokens[0, :16])]
+    kept = session.memories[0].size
+    assert all(s["capacity"] >= kept + 4 + 3 for s in session.state["layers"])
+    got += [session.step(int(t)) for t in tokens[0, 16:]]
+    want = run(tiny(memory=memory), tokens, [[8], [8], [1] * 4, [1] * 4])
+    assert apart(np.stack([ops.numpy(y) for y in got]), want[0, 15:]) < 1e-4
