@@ -47,6 +47,11 @@ def peak_memory():
     return mx.get_peak_memory()
 
 
+def reset_peak():
+    """Count the peak from here on."""
+    mx.reset_peak_memory()
+
+
 def wait(*trees):
     """Return when these trees of arrays are computed."""
     mx.eval(*trees)

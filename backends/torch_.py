@@ -60,6 +60,12 @@ def peak_memory():
     return torch.cuda.max_memory_allocated() if device().type == "cuda" else None
 
 
+def reset_peak():
+    """Count the peak from here on."""
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def wait(*trees):
     """Return when everything asked for so far is computed."""
     if device().type == "cuda":

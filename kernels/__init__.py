@@ -27,10 +27,12 @@ class Places(NamedTuple):
 
     at: [B, 1, n], or [B, K, n] where key heads remember different tokens; integers, -1 marks an empty slot or padding.
     first: the position of entry 0, if the host knows that entries are consecutive and alike in every row; else None.
+    own_last: of keys, does the host know that none is empty, that the queries' own tokens come last and that all others precede them?
     """
 
     at: Any
     first: int | None = None
+    own_last: bool = False
 
 
 class Bias(NamedTuple):
@@ -122,7 +124,10 @@ def by_parts(q, k, v, q_at, k_at, rule, begin, always, opening, scale, bias, lse
 
 
 def causal(q_at, k_at, T, N, rule, begin):
-    """Is this plain causal attention of the last T of N consecutive tokens? Known on the host, or not at all."""
+    """Is this plain causal attention of the last T of N tokens, consecutive or, where no distance counts, in order of age? Known on the
+    host, or not at all."""
+    if begin is None and q_at.first is not None and k_at.own_last and rule.name == "full":
+        return True
     if begin is not None or q_at.first is None or k_at.first is None or q_at.first + T != k_at.first + N:
         return False
     return rule.name == "full" or is_causal(rule, N, k_at.first)
