@@ -578,17 +578,23 @@ class _Graphs(_Steps):
 
     @torch.no_grad()
     def capture(self, flag):
-        side = torch.cuda.Stream()
+        side = _side(self.x.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
                 _copy(self.state, self.step(self.x, self.state, flag)[1])
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             y, new = self.step(self.x, self.state, flag)
             _copy(self.state, new)
         return graph, y
+
+
+@functools.cache
+def _side(device):
+    """The stream to capture on, always the same: each that multiplies gets working memory of its own, and keeps it."""
+    return torch.cuda.Stream(device)
 
 
 def _copy(old, new):

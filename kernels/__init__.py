@@ -69,11 +69,14 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     Returns y [B, H, T, Dv]. A query that may see nothing gives zeros, except padding (position -1), whose rows are undefined.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if k_at.own_last and q_at.first is not None and begin is None and bias is None and rule.name == "full":
+        # no distance counts, only who comes first: the keys may as well be consecutive
+        k_at = Places(k_at.at, q_at.first + q.shape[2] - k.shape[2])
     what = q, k, v, q_at, k_at, rule, begin, always, opening, scale
     plain = bias is None and not lse
     if ENGINE == "dense":
         return dense.attend(*what, bias, lse)
-    if ENGINE == "auto" and plain and causal(q_at, k_at, q.shape[2], k.shape[2], rule, begin):
+    if ENGINE == "auto" and plain and causal(q_at, k_at, q.shape[2], k.shape[2], rule, begin) and not behind(q, k):
         return ops.sdpa(q, k, v, "causal" if q.shape[2] > 1 else None, scale)
     if TRITON and ENGINE in ("auto", "triton") and flashes(q, k, plain):
         return narrowed(triton_.attend, *what, bias, lse)
@@ -82,6 +85,11 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     if plain:
         return ops.sdpa(q, k, v, dense.visible(q_at, k_at, rule, begin, always, opening, q.shape[1]), scale)
     return by_parts(*what, bias, lse)
+
+
+def behind(q, k):
+    """Is the framework's own causal attention the slower one? On a GPU it is, where keys come before the first query."""
+    return TRITON and q.shape[2] < k.shape[2] and q.shape[2] * k.shape[2] >= MANY and triton_.can(q, k)
 
 
 def narrowed(engine, q, k, v, *rest):
@@ -124,10 +132,7 @@ def by_parts(q, k, v, q_at, k_at, rule, begin, always, opening, scale, bias, lse
 
 
 def causal(q_at, k_at, T, N, rule, begin):
-    """Is this plain causal attention of the last T of N tokens, consecutive or, where no distance counts, in order of age? Known on the
-    host, or not at all."""
-    if begin is None and q_at.first is not None and k_at.own_last and rule.name == "full":
-        return True
+    """Is this plain causal attention of the last T of N consecutive tokens? Known on the host, or not at all."""
     if begin is not None or q_at.first is None or k_at.first is None or q_at.first + T != k_at.first + N:
         return False
     return rule.name == "full" or is_causal(rule, N, k_at.first)
@@ -159,6 +164,7 @@ def sparse(shape, N, q_at, k_at, rule, begin, always, opening, more=False):
 
 
 LEAST = 1 << 17  # scores of a head below which one call with a mask is as good
+MANY = 1 << 24  # scores of a head from which Triton's kernels pay for their start
 SCORES = 8 * LEAST  # of all heads and rows, that exist at once where a bias or the log-sum-exp is made for some queries at a time
 
 
