@@ -33,8 +33,8 @@ PEERS = {"torch": ["transformers", "kvpress"], "mlx": ["mlx-lm"]}
 
 
 def median(cells):
-    """The cell of median speed, of several that were measured alike."""
-    return sorted(cells, key=lambda c: c.get("decode", c["prefill"]))[len(cells) // 2]
+    """The cell of median speed, of several that were measured alike; sentences are all the same."""
+    return sorted(cells, key=lambda c: c.get("decode", c["prefill"]) if isinstance(c, dict) else 0)[len(cells) // 2]
 
 
 def speeds(prompt, read, wrote, write):
@@ -61,30 +61,23 @@ def ours(args):
     return load(args.model, device=args.device)[0]
 
 
-def measure(args, model, memory, prompt, graph=True):
-    """Reading and writing with this memory -> a dict."""
+def measure(args, model, prompt, graph=True):
+    """Reading and writing with the model's memory -> a cell."""
     import ops
     from generate import Session
 
-    common.remember(model, memory)
-    weights = sum(ops.nbytes(p) for p in ops.parameters(model).values())
-    # kernels are compiled for shapes that were not seen yet
-    Session(model, args.chunk, args.segment, graph).read(np.resize(prompt, 2 * args.chunk))
-    cells = []
-    for _ in range(args.repeat):
-        gc.collect()
-        ops.reset_peak()
-        session, start = Session(model, args.chunk, args.segment, graph), time.perf_counter()
-        logits = session.read(prompt, WARM + args.write)
-        token = int(ops.argmax(logits))
-        read, peak = time.perf_counter() - start, ops.peak_memory()
-        for i in range(args.write and WARM + args.write):
-            if i == WARM:
-                start = time.perf_counter()
-            token = int(ops.argmax(session.step(token)))
-        cells.append(speeds(prompt, read, args.write, time.perf_counter() - start))
-        cells[-1] |= {"cache_MiB": mib(session.nbytes()), "peak_MiB_over_weights": mib(None if peak is None else peak - weights)}
-    return median(cells)
+    gc.collect()
+    before = ops.reset_peak()
+    session, start = Session(model, args.chunk, args.segment, graph), time.perf_counter()
+    logits = session.read(prompt, WARM + args.write)
+    token = int(ops.argmax(logits))
+    read, peak = time.perf_counter() - start, ops.peak_memory()
+    for i in range(args.write and WARM + args.write):
+        if i == WARM:
+            start = time.perf_counter()
+        token = int(ops.argmax(session.step(token)))
+    cell = speeds(prompt, read, args.write, time.perf_counter() - start)
+    return cell | {"cache_MiB": mib(session.nbytes()), "peak_MiB_over_weights": mib(None if peak is None else peak - before)}
 
 
 # ---------------------------------------------------------------- peers
@@ -118,26 +111,19 @@ def hf(args, prompt, press=None):
     from transformers import DynamicCache
 
     model, device = hf_model(args.model, args.shape, args.device)
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    cells = []
+    cache, start = DynamicCache(), time.perf_counter()
     with torch.no_grad():
-        for _ in range(args.repeat):
-            cache = DynamicCache()
-            wait()
-            start = time.perf_counter()
-            with press(model) if press else nullcontext():
-                out = model(torch.tensor([prompt], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with press(model) if press else nullcontext():
+            out = model(torch.tensor([prompt], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = int(out.logits[0, -1].argmax())
+        read, kept = time.perf_counter() - start, cache.get_seq_length()
+        for i in range(args.write and WARM + args.write):
+            if i == WARM:
+                start = time.perf_counter()
+            at = torch.tensor([[len(prompt) + i]], device=device)
+            out = model(torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True, position_ids=at)
             token = int(out.logits[0, -1].argmax())
-            read, kept = time.perf_counter() - start, cache.get_seq_length()
-            for i in range(args.write and WARM + args.write):
-                if i == WARM:
-                    start = time.perf_counter()
-                at = torch.tensor([[len(prompt) + i]], device=device)
-                out = model(torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True, position_ids=at)
-                token = int(out.logits[0, -1].argmax())
-            cells.append(speeds(prompt, read, args.write, time.perf_counter() - start))
-            cells[-1]["kept"] = kept
-    return median(cells)
+    return speeds(prompt, read, args.write, time.perf_counter() - start) | {"kept": kept}
 
 
 def kvpress(args, prompt, memory):
@@ -179,15 +165,11 @@ def mlx_lm(args, prompt, memory):
     import plugins
 
     model = mlx_model(args.model)
-    size, cells = getattr(plugins.parse("memory", memory).options, "budget", None), []
-    for _ in range(args.repeat):
-        times, start = [], time.perf_counter()
-        how = {"max_tokens": 1 + (args.write and WARM + args.write), "max_kv_size": size, "prefill_step_size": args.chunk}
-        steps = generate_step(mx.array(prompt), model, **how)
-        for _ in steps:
-            times.append(time.perf_counter())
-        cells.append(speeds(prompt, times[0] - start, args.write, times[-1] - times[-1 - args.write]))
-    return median(cells)
+    size = getattr(plugins.parse("memory", memory).options, "budget", None)
+    how = {"max_tokens": 1 + (args.write and WARM + args.write), "max_kv_size": size, "prefill_step_size": args.chunk}
+    times = [time.perf_counter()]
+    times += [time.perf_counter() for _ in generate_step(mx.array(prompt), model, **how)]
+    return speeds(prompt, times[1] - times[0], args.write, times[-1] - times[-1 - args.write])
 
 
 def peer(name, args, prompt, memory):
@@ -217,31 +199,29 @@ def main():
     parser.add_argument("--out")
     args = parser.parse_args()
     import ops
+    from generate import Session
 
     peers = PEERS[ops.BACKEND] if args.peers is None else args.peers
     result = {k: getattr(args, k) for k in ("model", "shape", "write", "chunk", "segment")} | {"backend": ops.BACKEND, "rows": []}
     prompts = {n: np.random.default_rng(0).integers(1, 400, n).tolist() for n in args.read}
     model = ours(args)
     for memory in args.memory:
+        common.remember(model, memory)
         for n, prompt in prompts.items():
-            row = {"memory": memory, "read": n, "nanolong": measure(args, model, memory, prompt)}
+            # kernels are compiled for shapes that were not seen yet
+            Session(model, args.chunk, args.segment).read(np.resize(prompt, 2 * args.chunk))
+            contenders = {"nanolong": lambda prompt=prompt: measure(args, model, prompt)}
             if args.eager:
-                row["nanolong_eager"] = measure(args, model, memory, prompt, graph=False)
+                contenders["nanolong_eager"] = lambda prompt=prompt: measure(args, model, prompt, graph=False)
+            contenders |= {name: functools.partial(peer, name, args, prompt, memory) for name in peers}
+            # in turns, for a machine may be slower now than a minute ago
+            rounds = [{name: f() for name, f in contenders.items()} for _ in range(args.repeat)]
+            row = {"memory": memory, "read": n, **{name: median([r[name] for r in rounds]) for name in contenders}}
+            for name in peers:
+                if isinstance(row[name], dict):
+                    row[f"times_{name}"] = {k: round(row["nanolong"][k] / x, 2) for k, x in row[name].items() if k != "kept"}
             result["rows"].append(row)
             cli.say(row)
-    del model
-    gc.collect()
-    found = {}
-    for row in result["rows"]:
-        for name in peers:
-            # transformers keeps everything, whatever the memory
-            key = name, row["read"], None if name == "transformers" else row["memory"]
-            if key not in found:
-                found[key] = peer(name, args, prompts[row["read"]], row["memory"])
-            row[name] = cell = found[key]
-            if isinstance(cell, dict):
-                row[f"times_{name}"] = {k: round(row["nanolong"][k] / cell[k], 2) for k in ("decode", "prefill") if k in cell}
-            cli.say(f"{row['memory']}, {row['read']}: {name} {cell}")
     common.save(args.name, result, args.out)
 
 

@@ -37,17 +37,8 @@ from bench import common
 from errors import Refused
 from runs import lengths
 
-LONG = {
-    "tokens": 200 << 10,
-    "segment": 512,
-    "chunk": 4096,
-    "write": 256,
-    "marks": "4k,16k,64k,256k,1m",
-    "budgets": (4096, 2048),
-    "texts": 2,
-    "alone": None,
-}
-QUICK = {"tokens": 2048, "segment": 128, "chunk": 256, "write": 32, "marks": "512,1k,2k", "budgets": (256,), "alone": 512, "texts": 1}
+LONG = {"tokens": 200 << 10, "segment": 512, "chunk": 4096, "write": 256, "marks": "4k,16k,64k,256k,1m", "budget": 4096, "texts": 2}
+QUICK = {"tokens": 2048, "segment": 128, "chunk": 256, "write": 32, "marks": "512,1k,2k", "budget": 256, "alone": 512, "texts": 1}
 WARM = 16  # written tokens before the clock starts
 COLORS = {
     **{"alone": "#999999", "full": "#bab0ac", "window": "#d1495b", "sinks": "#4c78a8", "snapkv": "#59a14f", "h2o": "#e0a458"},
@@ -55,12 +46,10 @@ COLORS = {
 }
 
 
-def memories(budgets):
-    """The spellings of --memory that are compared, and of those that are timed."""
-    first = budgets[0]
-    each = [f"{name}:budget={n}" for n in budgets for name in ("window", "sinks")]
-    pruned = [f"snapkv:budget={first},kv_positions={how}" for how in ("absolute", "reindex")]
-    return ["full", *each, f"sinks:budget={first},kv_positions=absolute", *pruned], [f"sinks:budget={first}", f"snapkv:budget={first}"]
+def memories(n):
+    """The spellings of --memory that are compared at a budget of n tokens, and of those that are timed."""
+    both = (f"{name}:budget={n},kv_positions={how}" for name in ("sinks", "snapkv") for how in ("reindex", "absolute"))
+    return ["full", f"window:budget={n}", *both], [f"sinks:budget={n}", f"snapkv:budget={n}"]
 
 
 # ---------------------------------------------------------------- loss
@@ -232,9 +221,9 @@ def arguments(argv=None):
     defaults = QUICK if args.quick else LONG
     for k in ("tokens", "segment", "chunk", "write", "alone", "texts"):
         if getattr(args, k) is None:
-            setattr(args, k, defaults[k])
+            setattr(args, k, defaults.get(k))
     args.marks = args.marks or evaluate.lengths(defaults["marks"])
-    compared, timed = memories(defaults["budgets"])
+    compared, timed = memories(defaults["budget"])
     args.memory, args.endless = compared if args.memory is None else args.memory, timed if args.endless is None else args.endless
     for spec in [*args.memory, *args.endless]:
         plugins.parse("memory", spec)
@@ -267,13 +256,13 @@ def main(argv=None):
     }
     cli.say(f"{folder.name}, {dtype}: {len(found)} texts of {args.tokens} tokens, segments of {args.segment}")
     keep = lengths.keeper(args.out / f"{args.name or ('stream-quick' if args.quick else 'stream')}.json", result)
-    for memory in args.endless:
-        result["endless"].append(endless(folder, args, memory, tokens[:, :-1].reshape(-1)))
-        keep()
     for memory in ["alone", *args.memory] if args.memory else []:
         result["rows"].append(row := stream(folder, args, memory, tokens, L0))
         said = ", ".join(f"{c['perplexity']:.2f} to {lengths.show(c['to'])}" for c in row["ranges"])
         cli.say(f"{memory}: perplexity {said}; {row['seconds']} s")
+        keep()
+    for memory in args.endless:
+        result["endless"].append(endless(folder, args, memory, tokens[:, :-1].reshape(-1)))
         keep()
     print(table(result))
     if args.plot and result["rows"]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import JOINED, apart, influence, named, run, small, text, tiny, whole
 
+import kernels
 import ops
 import plugins
 from memory import base
@@ -298,3 +299,11 @@ def test_what_the_host_claims_of_slots_is_so(memory, monkeypatch):
         # the second document begins at 20, and what stays of it leaves slots empty
         begin = ops.array(np.tile((np.arange(12) + 12 * i >= 20) * 20, (2, 1)).astype("int32")) if packed else None
         _, state = model(ops.array(tokens[:, 12 * i : 12 * i + 12]), state, begin=begin)
+
+
+@pytest.mark.parametrize("memory", PRUNING)
+def test_forgetting_agrees_with_the_specification(memory, monkeypatch):
+    model, tokens, segments = tiny(memory=small("memory", memory)), text(60), [[12], [12], [5, 1, 6], [12], [12]]
+    got = run(model, tokens, segments)
+    monkeypatch.setattr(kernels, "ENGINE", "dense")
+    assert apart(got, run(model, tokens, segments)) < 1e-4
