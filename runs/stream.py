@@ -195,7 +195,7 @@ def picture(r, path):
         style = ("-", "--", ":", "-.")[styles[name] % 4]
         what = f"alone, pieces of {lengths.show(r['alone'])}" if name == "alone" else short(row["memory"])
         curves[what] = COLORS.get(name, "#000000"), style, row["curve"]
-    lengths.plot(curves, r["alone"], path, "loss (nats a token)", 1)
+    lengths.plot(curves, r["trained"], path, "loss (nats a token)", 1)
 
 
 def arguments(argv=None):
@@ -243,13 +243,14 @@ def main(argv=None):
 
     folder = cli.model_folder(args)
     model, tokenizer = load(folder, dtype=args.dtype, device=args.device)
-    L0, dtype = args.alone or model.config.max_position_embeddings, str(model.model.embed_tokens.weight.dtype).split(".")[-1]
+    trained, dtype = model.config.max_position_embeddings, str(model.model.embed_tokens.weight.dtype).split(".")[-1]
+    L0 = args.alone or trained
     del model
     found = list(evaluate.texts(args.data or data.default_corpus(), tokenizer, args.tokens + 1, args.texts, None))
     tokens = np.stack([np.asarray(t, np.int32) for _, t in found])
     result = {
         **{"machine": common.machine(), "backend": f"{ops.BACKEND} {ops.device()}", "command": lengths.command(__file__)},
-        **{"protocol": lengths.protocol(__doc__), "model": folder.name, "dtype": dtype, "alone": L0},
+        **{"protocol": lengths.protocol(__doc__), "model": folder.name, "dtype": dtype, "trained": trained, "alone": L0},
         **{k: getattr(args, k) for k in ("tokens", "segment", "chunk", "close", "write")},
         "texts": [{"name": Path(name).name, "tokens": len(t) - 1} for name, t in found],
         **{"edges": ranges(args.tokens, L0), "rows": [], "endless": []},
