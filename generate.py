@@ -57,14 +57,26 @@ class Session:
         layers = [memory.room(s, self.segment + around, len(tokens) + room) for memory, s in zip(self.memories, self.state["layers"])]
         self.state = {**self.state, "layers": layers}
         pieces = range(0, len(tokens), self.chunk)
-        with self.ops.no_grad():
-            for i in tqdm(pieces, "reading", unit="chunk", leave=False, disable=len(pieces) < 2 or not sys.stderr.isatty()):
-                piece = self.ops.array(tokens[None, i : i + self.chunk])
-                logits, self.state = self.model(piece, self.state, last=1)
-                self.ops.wait(logits, self.state)
+        try:
+            with self.ops.no_grad():
+                for i in tqdm(pieces, "reading", unit="chunk", leave=False, disable=len(pieces) < 2 or not sys.stderr.isatty()):
+                    piece = self.ops.array(tokens[None, i : i + self.chunk])
+                    logits, self.state = self.model(piece, self.handed_over(), last=1)
+                    self.ops.wait(logits, self.state)
+        except BaseException:
+            # the state is gone
+            self.restart()
+            raise
         self.tokens += tokens.tolist()
         self.since, self.room = 0, room
         return logits[0, -1]
+
+    def handed_over(self):
+        """The state, each layer's let go as it is read: what is remembered never exists twice."""
+        state, self.state = self.state, None
+        layers = state["layers"][::-1]
+        state["layers"].clear()
+        return {**state, "layers": (layers.pop() for _ in range(len(layers)))}
 
     def step(self, token):
         """Read one token that was just written; returns the logits [V] after it."""

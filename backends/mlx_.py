@@ -47,6 +47,12 @@ def peak_memory():
     return mx.get_peak_memory()
 
 
+def reset_peak():
+    """Count the peak from here on; returns the bytes of the device that are in use now, None where nobody counts."""
+    mx.reset_peak_memory()
+    return mx.get_active_memory()
+
+
 def wait(*trees):
     """Return when these trees of arrays are computed."""
     mx.eval(*trees)

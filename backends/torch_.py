@@ -60,6 +60,13 @@ def peak_memory():
     return torch.cuda.max_memory_allocated() if device().type == "cuda" else None
 
 
+def reset_peak():
+    """Count the peak from here on; returns the bytes of the device that are in use now, None where nobody counts."""
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+
 def wait(*trees):
     """Return when everything asked for so far is computed."""
     if device().type == "cuda":
@@ -574,17 +581,23 @@ class _Graphs(_Steps):
 
     @torch.no_grad()
     def capture(self, flag):
-        side = torch.cuda.Stream()
+        side = _side(self.x.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
                 _copy(self.state, self.step(self.x, self.state, flag)[1])
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             y, new = self.step(self.x, self.state, flag)
             _copy(self.state, new)
         return graph, y
+
+
+@functools.cache
+def _side(device):
+    """The stream to capture on, always the same: each that multiplies gets working memory of its own, and keeps it."""
+    return torch.cuda.Stream(device)
 
 
 def _copy(old, new):

@@ -47,10 +47,21 @@ def random_model(shape, dtype, **mechanisms):
     return model
 
 
+def remember(model, spec):
+    """Give a model another --memory; the weights stay."""
+    import plugins
+    from model import remember
+
+    c, layers = model.config, model.model.layers
+    memories = plugins.tile("memory", spec, len(layers), n_head=c.num_attention_heads, n_kv_head=c.num_key_value_heads)
+    for block, memory in zip(layers, memories):
+        block.self_attn.memory = remember(memory, block.self_attn.asked, c)
+
+
 def machine():
     """The device and the versions that a figure belongs to."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "triton", "mlx", "transformers", "mlx-lm"):
+    for package in ("torch", "triton", "mlx", "transformers", "mlx-lm", "kvpress"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

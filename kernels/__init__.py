@@ -27,10 +27,12 @@ class Places(NamedTuple):
 
     at: [B, 1, n], or [B, K, n] where key heads remember different tokens; integers, -1 marks an empty slot or padding.
     first: the position of entry 0, if the host knows that entries are consecutive and alike in every row; else None.
+    own_last: of keys, does the host know that none is empty, that the queries' own tokens come last and that all others precede them?
     """
 
     at: Any
     first: int | None = None
+    own_last: bool = False
 
 
 class Bias(NamedTuple):
@@ -68,11 +70,14 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     Returns y [B, H, T, Dv]. A query that may see nothing gives zeros, except padding (position -1), whose rows are undefined.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if k_at.own_last and q_at.first is not None and begin is None and bias is None and rule.name == "full":
+        # no distance counts, only who comes first: the keys may as well be consecutive
+        k_at = Places(k_at.at, q_at.first + q.shape[2] - k.shape[2])
     what = q, k, v, q_at, k_at, rule, begin, always, opening, scale
     plain = bias is None and not lse
     if ENGINE == "dense":
         return dense.attend(*what, bias, lse)
-    if ENGINE == "auto" and plain and causal(q_at, k_at, q.shape[2], k.shape[2], rule, begin):
+    if ENGINE == "auto" and plain and causal(q_at, k_at, q.shape[2], k.shape[2], rule, begin) and not behind(q, k):
         return ops.sdpa(q, k, v, "causal" if q.shape[2] > 1 else None, scale)
     if TRITON and ENGINE in ("auto", "triton") and flashes(q, k, plain):
         return narrowed(triton_.attend, *what, bias, lse)
@@ -81,6 +86,11 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     if plain:
         return ops.sdpa(q, k, v, dense.visible(q_at, k_at, rule, begin, always, opening, q.shape[1]), scale)
     return by_parts(*what, bias, lse)
+
+
+def behind(q, k):
+    """Is the framework's own causal attention the slower one? On a GPU it is, where keys come before the first query."""
+    return TRITON and q.shape[2] < k.shape[2] and q.shape[2] * k.shape[2] >= MANY and triton_.can(q, k)
 
 
 def narrowed(engine, q, k, v, *rest):
@@ -155,6 +165,7 @@ def sparse(shape, N, q_at, k_at, rule, begin, always, opening, more=False):
 
 
 LEAST = 1 << 17  # scores of a head below which one call with a mask is as good
+MANY = 1 << 24  # scores of a head from which Triton's kernels pay for their start
 SCORES = 8 * LEAST  # of all heads and rows, that exist at once where a bias or the log-sum-exp is made for some queries at a time
 
 

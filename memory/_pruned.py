@@ -43,6 +43,9 @@ class Pruned(Memory):
         """The newest `window` queries of each row, unturned, and where they and their documents stand: q, q_at, q_begin."""
         n, at = self.window, seg.at.at
         new = {"q": ops.stop(q), "q_at": at, "q_begin": at * 0 if seg.begin is None else seg.begin}
+        if seg.at.first is not None:
+            # no more of a long segment is copied, or held by a view, than is kept
+            new = {f: a[:, :, -n:] for f, a in new.items()}
         new = {f: ops.cat([s[f] if f in s else blank(f, a, n), a], 2) for f, a in new.items()}
         if seg.at.first is not None:
             return {**s, **{f: a[:, :, -n:] for f, a in new.items()}}
@@ -59,7 +62,8 @@ class Pruned(Memory):
     def total(self, attn, seg, q, k, slots, at, begin):
         """The weights that queries [B, H, T, D] give to slots, summed over queries and over the query heads of each key head."""
         (B, H, T, _), (K, N), total = q.shape, k.shape[1:3], None
-        n = max(1, SCORES // (B * H * N))
+        # a GPU waits for the host where it is given less at a time
+        n = max(1, (SCORES << 4 * ops.on_gpu()) // (B * H * N))
         for a in range(0, T, n):
             some, docs = Places(at.at[:, :, a : a + n]), None if begin is None else begin[:, :, a : a + n]
             p = weights(ops.after(q[:, :, a : a + n], total), k, some, slots, attn.rule, docs, **self.how(seg))

@@ -6,6 +6,7 @@ A layer's state is a dict that is passed in and handed back:
     pos       [B, 1, N], or [B, K, N] where heads remember different tokens
     n         slots in use, the rest being room: an int while the host knows it, an array inside a static graph
     first     the position of slot 0 if the slots in use are consecutive and the host knows it, else None
+    solid     does the host know that no slot in use is empty? (not there: nothing was written yet)
     capacity  slots to allocate, an int: what survives a close and the longest segment that comes piece by piece
 Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
 """
@@ -69,7 +70,8 @@ class Memory(Module):
         new["pos"] = ops.expand(seg.at.at, (B, heads, T))
         consecutive = isinstance(n, int) and (n == 0 or (s["first"] is not None and seg.at.first == s["first"] + n))
         first = (s["first"] if n else seg.at.first) if consecutive else None
-        return {**self.put(s, new, n), "n": ops.advance(n, T), "first": first}
+        solid = s.get("solid", True) and seg.at.first is not None
+        return {**self.put(s, new, n), "n": ops.advance(n, T), "first": first, "solid": solid}
 
     def put(self, s, new, n):
         """The state with fields of T more tokens, [B, K, T, ...], behind n slots in use: in place where there is room, else by
@@ -102,7 +104,7 @@ class Memory(Module):
         if self.late(seg):
             # a text's first segment sees itself alone
             k = seg.keys(k, None if isinstance(s["n"], int) and s["n"] == q.shape[2] else used["pos"])
-        return k, v, Places(used["pos"], used["first"])
+        return k, v, Places(used["pos"], used["first"], s.get("solid", False) and isinstance(s["n"], int))
 
     def how(self, seg):
         """What attend() is told beside the rule."""
@@ -130,7 +132,8 @@ class Memory(Module):
         at = ops.take(s["pos"], keep)
         keep = ops.sort_by(ops.where(at < 0, 2**30, at), keep)
         n = size if isinstance(s["n"], int) else ops.minimum(s["n"], size)
-        return {**s, **{f: ops.take(s[f], keep) for f in self.fields if f in s}, "n": n, "first": None}
+        solid = s["solid"] and seg.begin is None
+        return {**s, **{f: ops.take(s[f], keep) for f in self.fields if f in s}, "n": n, "first": None, "solid": solid}
 
     def moving(self, s):
         """The inverse of still, where all rows are alike."""

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from conftest import JOINED, apart, influence, named, run, small, text, tiny, whole
 
+import kernels
 import ops
 import plugins
+from memory import base
 
 T = 24
 ATTN, POS, MEMORY = ([small(folder, name) for name in plugins.names(folder)] for folder in ("attention", "positions", "memory"))
@@ -266,3 +268,42 @@ def test_a_text_that_starts_at_a_million(pos, memory):
     begin = np.full((1, T), 2**20, "int32")
     near = run(model, text(T), SEGMENTS, begin=begin * 0)
     assert apart(run(model, text(T), SEGMENTS, begin, at=2**20), near) < 10 * exact(memory)
+
+
+PRUNING = [m for m in plugins.names("memory") if "budget" in small("memory", m)]
+
+
+@pytest.mark.parametrize("memory", PRUNING)
+def test_what_the_host_claims_of_slots_is_so(memory, monkeypatch):
+    """Places.own_last: in a text that forgets, with padding, after documents; and that it is claimed where that saves a mask."""
+    model, tokens, claims, true = tiny(memory=small("memory", memory)), text(60, 2), [], base.attend
+
+    def asked(q, k, v, q_at, k_at, *rest, **how):
+        claims.append(k_at.own_last)
+        if k_at.own_last:
+            at, own, T = ops.numpy(k_at.at), ops.numpy(q_at.at), q.shape[2]
+            assert at.shape[2] == k.shape[2] and (at >= 0).all() and (at[..., -T:] == own).all() and (at[..., :-T] < own[..., :1]).all()
+        return true(q, k, v, q_at, k_at, *rest, **how)
+
+    for module in {base, plugins.load("memory", memory)}:
+        if hasattr(module, "attend"):
+            monkeypatch.setattr(module, "attend", asked)
+    run(model, tokens, [[12], [12], [5, 1, 6], [12], [12]])
+    # heads that keep more or less than others have empty slots
+    assert all(claims[:2]) and all(claims) == (memory != "adakv")
+    padded = tokens.copy()
+    padded[1, [11, 22, 23]] = -1
+    run(model, padded, whole(60, 12))
+    state = model.start()
+    for i, packed in enumerate((False, True, True, False, False)):
+        # the second document begins at 20, and what stays of it leaves slots empty
+        begin = ops.array(np.tile((np.arange(12) + 12 * i >= 20) * 20, (2, 1)).astype("int32")) if packed else None
+        _, state = model(ops.array(tokens[:, 12 * i : 12 * i + 12]), state, begin=begin)
+
+
+@pytest.mark.parametrize("memory", PRUNING)
+def test_forgetting_agrees_with_the_specification(memory, monkeypatch):
+    model, tokens, segments = tiny(memory=small("memory", memory)), text(60), [[12], [12], [5, 1, 6], [12], [12]]
+    got = run(model, tokens, segments)
+    monkeypatch.setattr(kernels, "ENGINE", "dense")
+    assert apart(got, run(model, tokens, segments)) < 1e-4

@@ -11,7 +11,7 @@ import evaluate
 import tokenizer
 from errors import Refused
 from model import Config, load, save
-from runs import extrapolate, lengths
+from runs import extrapolate, lengths, stream
 
 fresh = tiny.__wrapped__
 
@@ -181,5 +181,33 @@ def test_extrapolate_reads_what_is_there_when_one_fails(tmp_path, monkeypatch, c
 
 
 def test_protocols_say_what_is_done():
-    for script in (lengths, extrapolate):
+    for script in (lengths, extrapolate, stream):
         assert len(lengths.protocol(script.__doc__)) > 300
+
+
+def test_stream_and_its_tables(tmp_path, tokenizer_files, capsys):
+    save(fresh(vocab_size=256, max_position_embeddings=16), tmp_path / "model", tokenizer_files)
+    book, device = [novel(tmp_path / f"{i}.txt", 150, i) for i in range(2)], ["--device", "cpu"]
+    flags = ["--model", str(tmp_path / "model"), "--out", str(tmp_path), *device, "--data", *book, "--tokens", "100", "--segment", "8"]
+    flags += ["--memory", "full", "sinks:budget=16,sinks=2", "--endless", "sinks:budget=16,sinks=2", "--marks", "32,64"]
+    stream.main([*flags, "--write", "4", "--chunk", "16", "--close", "4"])
+    printed = capsys.readouterr().out
+    r = json.loads((tmp_path / "stream.json").read_text())
+    rows, tokens = (
+        {row["memory"]: row for row in r["rows"]},
+        [tokenizer.load(tokenizer_files).encode(Path(p).read_text())[:101] for p in book],
+    )
+    assert r["edges"] == [0, 8, 16, 64, 100] and [c["to"] for c in rows["full"]["ranges"]] == [8, 16, 64], "full stops at 4 times 16"
+    # each stream as evaluate.py reads it, the pieces as segments that nobody remembers
+    for memory, segment, name in (("sinks:budget=16,sinks=2", 8, None), ("none", 16, "alone")):
+        model, row = load(tmp_path / "model", memory=memory, dtype="float32", device="cpu")[0], rows[name or memory]
+        want = np.stack([evaluate.perplexity(model, t, segment) for t in tokens])
+        for c in row["ranges"]:
+            assert c["loss"] == pytest.approx(want[:, c["from"] : c["to"]].mean(), rel=1e-4)
+        assert row["tokens"] == 200 and sum(b["tokens"] for b in row["curve"]) == 200
+    (cost,) = r["endless"]
+    assert [c["streamed"] for c in cost["marks"]] == [32, 64] and cost["marks"][0]["held_bytes"] == cost["marks"][1]["held_bytes"] > 0
+    stream.main(["--table", str(tmp_path / "stream.json")])
+    assert capsys.readouterr().out == printed and "| sinks:16,sinks=2: ms a token written |" in printed
+    with pytest.raises(Refused, match="--data is missing"):
+        stream.main(["--device", "cpu"])
