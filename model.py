@@ -137,6 +137,8 @@ class Segment(NamedTuple):
     turn: Any  # what the scheme computed from the positions, once for all layers that feel them alike
     bias: Any  # what the scheme adds to the logits, a kernels.Bias, or None
     close: bool  # the segment ends with this call: forget, compress, summarise now
+    vectors: int = 0  # so many of the tokens, at the end, are vectors of the model's own (memory.base.Around)
+    reading: bool = False  # all are, and they are read before the segments to come
 
     def queries(self, q):
         """This segment's queries [B, H, T, D], as attend() takes them."""
@@ -196,7 +198,7 @@ class Block(Module):
     def forward(self, x, seg, s):
         y, s = self.self_attn(self.input_layernorm(x), seg, s)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), s
+        return self.self_attn.memory.leave(self, x + self.mlp(self.post_attention_layernorm(x)), seg, s)
 
 
 class Decoder(Module):
@@ -225,13 +227,13 @@ class Decoder(Module):
             attn.rule = attn.asked if training else attn.asked.each(aside)
             attn.memory.learning = training
 
-    def forward(self, x, at, begin, close, states):
+    def forward(self, x, at, begin, close, states, vectors=0, reading=False):
         """x [B, T, C] -> [B, T, C] and the layers' new states."""
         turns, after = {}, []
         for p in self.positions:
             if p.felt not in turns:
                 turns[p.felt] = p.turn(at, begin)
-        segments = [Segment(at, begin, p, turns[p.felt], p.bias(), close) for p in self.positions]
+        segments = [Segment(at, begin, p, turns[p.felt], p.bias(), close, vectors, reading) for p in self.positions]
         for block, i, s in zip(self.layers, self.feels, states):
             x, s = self.run(block, x, segments[i], s)
             after.append(s)
@@ -245,6 +247,7 @@ class Llama(Module):
         self.model = Decoder(c)
         if not c.tie_word_embeddings:
             self.lm_head = ops.Linear(c.hidden_size, c.vocab_size)
+        self.around = surround(c)
         self.dtype = None  # of the activations; None: the embedding's
         self.run = ops.call  # how the head is called
 
@@ -256,7 +259,9 @@ class Llama(Module):
     def start(self, segment=0, total=0):
         """Nothing remembered yet. segment, total: the most tokens that will come piece by piece between closes, and at all;
         with them known, caches are allocated once."""
-        return {"next": 0, "layers": [block.self_attn.memory.start(segment, total) for block in self.model.layers]}
+        around = {} if self.around is None else {"around": self.around.start()}
+        segment += self.around.size if around and segment else 0
+        return {"next": 0, "layers": [block.self_attn.memory.start(segment, total) for block in self.model.layers], **around}
 
     def forward(self, tokens, state=None, begin=None, padded=False, close=True, last=None):
         """Logits of a whole text, or of the next piece of one.
@@ -273,9 +278,35 @@ class Llama(Module):
         at = Places(pos, state["next"] if isinstance(state["next"], int) and not padded else None)
         x = self.model.embed_tokens(ops.where(tokens < 0, 0, tokens) if padded else tokens)
         x = x if self.dtype is None else ops.cast(x, self.dtype)
-        x, layers = self.model(x, at, None if begin is None else begin[:, None], close and not alone, state["layers"])
+        x, state = self.read(x, at, None if begin is None else begin[:, None], count, close and not alone, state)
         logits = self.run(self.head, x if last is None else x[:, -last:])
-        return logits if alone else (logits, {"next": state["next"] + count, "layers": layers})
+        return logits if alone else (logits, state)
+
+    def read(self, x, at, begin, count, close, state):
+        """All layers over x [B, T, C] -> [B, T, C] and the new state. count: how many tokens they are, an int or [B]."""
+        around, n = self.around, state["next"] + count
+        if around is None:
+            x, layers = self.model(x, at, begin, close, state["layers"])
+            return x, {"next": n, "layers": layers}
+        s = around.known(state["around"], x)
+        begin = None if begin is None else around.shifted(begin, at.at, s)
+        if not close:
+            x, layers = self.model(x, at, begin, close, state["layers"])
+            return x, {"next": n, "layers": layers, "around": s if begin is None else {**s, "begin": begin[..., -1:]}}
+        T, m = x.shape[1], around.size
+        pos, live = around.places(n, s)
+        first = n if isinstance(n, int) and at.first is not None else None
+        s = {**s, "begin": s["newest"] * 0 if begin is None else begin[..., -1:]}
+        docs = None if begin is None else ops.expand(s["begin"], pos.shape)
+        x = ops.cat([x, ops.cast(around.inputs(s), x.dtype)], 1)
+        both = Places(ops.cat([at.at, pos], 2), at.first)
+        x, layers = self.model(x, both, None if begin is None else ops.cat([begin, docs], 2), close, state["layers"], vectors=m)
+        x, h, n = x[:, :T], self.model.norm(x[:, T:]), n + m * live
+        if around.read:
+            pos, _ = around.places(n, s)
+            _, layers = self.model(h, Places(pos, first and first + m), docs, False, layers, reading=True)
+            n = n + m * live
+        return x, {"next": n, "layers": layers, "around": around.after(h, pos, s, isinstance(live, int))}
 
     def number(self, tokens, start, padded):
         """Positions [B, 1, T] of tokens that follow `start` others, and how many they are."""
@@ -302,13 +333,16 @@ class Llama(Module):
         """The same state with static shapes and no number that only the host knows: for a step that is one graph."""
         layers = [block.self_attn.memory.still(s) for block, s in zip(self.model.layers, state["layers"])]
         n = state["next"]
-        return {"next": ops.scalar(n) if isinstance(n, int) else n, "layers": layers}
+        around = {} if self.around is None else {"around": self.around.still(state["around"], layers[0]["pos"])}
+        return {"next": ops.scalar(n) if isinstance(n, int) else n, "layers": layers, **around}
 
     def moving(self, state):
         """The inverse of still: counters as the host's own ints again, where all rows are alike."""
         layers = [{**s, "n": ops.host(s["n"])} for s in state["layers"]]
         n = state["next"]
-        return {"next": ops.host(n) if len(n.shape) == 0 else n, "layers": layers}
+        known = lambda n: ops.host(n) if len(n.shape) == 0 else n
+        around = {} if self.around is None else {"around": {**state["around"], "more": known(state["around"]["more"])}}
+        return {"next": known(n), "layers": layers, **around}
 
     def init(self, seed=0, std=0.02):
         """Random weights, the same on every backend: normal of width std, norms 1, biases 0. Mechanisms' own begin as they say."""
@@ -325,6 +359,8 @@ class Llama(Module):
             if name.startswith(POSITIONS):
                 i, _, leaf = name.removeprefix(POSITIONS).partition(".")
                 said = self.model.positions[int(i)].initial(leaf)
+            elif name.startswith(AROUND):
+                said = self.around.initial(name.removeprefix(AROUND))
             elif own(name):
                 attn, leaf = self.model.layers[int(name.split(".")[2])].self_attn, name.partition(".memory.")[2]
                 said = attn.memory.initial(attn, leaf)
@@ -337,10 +373,19 @@ class Llama(Module):
 
 def own(name):
     """Is this parameter a mechanism's own, which other libraries do not know?"""
-    return ".memory." in name or name.startswith(POSITIONS)
+    return ".memory." in name or name.startswith((POSITIONS, AROUND))
 
 
-POSITIONS = "model.positions."
+POSITIONS, AROUND = "model.positions.", "around."
+
+
+def surround(c):
+    """The vectors around the model's segments that its layers' memories work with, or None. Raises Refused unless all layers agree."""
+    plugged = plugins.tile("memory", c.memory, c.num_hidden_layers)
+    sizes = [p.options.size if hasattr(p.module, "Around") else 0 for p in plugged]
+    if len(set(sizes)) > 1 or len({p.module.Around for p in plugged if hasattr(p.module, "Around")}) > 1:
+        raise Refused(f"--memory {c.memory}: vectors around a segment pass through all layers, so all must say the same about them")
+    return build(plugged[0], "Around", c) if sizes[0] else None
 
 
 def remember(memory, rule, c):

@@ -11,6 +11,7 @@ Segments between two cuts are a run, and no two segments' activations exist at o
                inner product <g, s> of the state s that it hands on and the gradient g that the next segment found for s: a constant
                here, so that the backward pass goes on where the next segment's ended
 
+A memory may leave an auxiliary loss when a segment closes: it is added to what is differentiated, not to the loss that is reported.
 A state is a tree of arrays and of the host's own numbers; positions and other integers have no gradient. Peak memory: one segment, the
 states at the boundaries (in the host's memory with offload), and one gradient of a state. Work: all but the last segment of each run
 are read twice; with bptt=0 none is.
@@ -38,14 +39,15 @@ def inputs(batch):
 
 
 def read(model, tokens, state, **how):
-    """(logits, the state after, what the model's observers saw): model(tokens, state), or the text's first segment if state is None."""
+    """(logits, the state after, what the model's observers saw, the summed auxiliary loss): model(tokens, state), or the text's first
+    segment if state is None."""
     if state is None:
         state = model.start()
         # no room for later tokens: what is written into that is written in place, and the states are saved
         state["layers"] = [{**s, "capacity": 0} for s in state["layers"]]
     logits, state = model(tokens, state, **how)
-    seen = [s["seen"] for s in state["layers"] if "seen" in s]
-    return logits, {**state, "layers": [{k: x for k, x in s.items() if k != "seen"} for s in state["layers"]]}, seen
+    seen, aux = ([s[k] for s in state["layers"] if k in s] for k in ("seen", "aux"))
+    return logits, {**state, "layers": [{k: x for k, x in s.items() if k not in ("seen", "aux")} for s in state["layers"]]}, seen, sum(aux)
 
 
 def total(model, pieces, loss):
@@ -53,7 +55,7 @@ def total(model, pieces, loss):
     state, lost = None, 0.0
     with ops.no_grad():
         for piece in pieces:
-            one, state, _ = forward(model, piece, loss, state)
+            one, state, *_ = forward(model, piece, loss, state)
             lost += one.item()
     return lost
 
@@ -72,7 +74,7 @@ def accumulate(model, pieces, loss, grads, bptt="all", offload=False):
 
 
 def forward(model, piece, loss, state):
-    """(loss of a piece, the state after, what the observers saw)."""
+    """(loss of a piece, the state after, what the observers saw, the auxiliary loss)."""
     left = []
 
     def call(tokens, begin):
@@ -91,15 +93,15 @@ def backward(model, run, loss, state, grads, offload):
         for piece in run[:-1]:
             tokens, begin = inputs(piece)
             # logits are of no use here: those of one token are made, since some are
-            _, state, _ = read(model, tokens, state, begin=begin, last=1)
+            _, state, *_ = read(model, tokens, state, begin=begin, last=1)
             ops.wait(state)
             saved.append(ops.tree_map(away, state))
     for piece in reversed(run):
         state = ops.tree_map(back, saved.pop())
 
         def f(*arrays, piece=piece, state=state, handed=handed):
-            one, after, seen = forward(model, piece, loss, filled(state, arrays))
-            return one + along(handed, after), one, after, *seen
+            one, after, seen, aux = forward(model, piece, loss, filled(state, arrays))
+            return one + aux + along(handed, after), one, after, *seen
 
         (_, one, after, *seen), handed, grads = ops.accumulate_through(model, f, differing(state), grads)
         outs.insert(0, (one, *seen))

@@ -24,7 +24,7 @@ class Pattern(Memory):
         self.among = plugins.parse("attention", f"window:window={self.n}")
 
     def initial(self, attn, name):
-        linear, leaf = name.split(".")
+        linear, _, leaf = name.rpartition(".")
         if not linear.endswith("global"):
             # the memory's own
             return super().initial(attn, name)

@@ -48,7 +48,7 @@ class Memory(Module):
         """[B, 1 or K, N]: the `size` slots of highest rank stay. Default: the newest."""
         return ops.cast(s["pos"], ops.float32)
 
-    # the four moments: start, write, attend, close
+    # the moments: start, write, attend, close, and leave, behind the block
 
     def start(self, segment, total):
         """Nothing remembered yet. segment: the most tokens that come between closes; total: the most that come at all."""
@@ -81,8 +81,11 @@ class Memory(Module):
 
     def attend(self, attn, q, seg, s):
         """Past and present are one array of slots. q [B, H, T, D], not yet turned -> [B, H, T, D], state."""
-        k, v, slots = self.seen(attn, q, seg, s)
-        return attend(seg.queries(q), k, v, seg.at, slots, attn.rule, seg.begin, **self.how(seg)), s
+        return self.look(attn, seg.queries(q), *self.seen(attn, q, seg, s), seg, s), s
+
+    def look(self, attn, q, k, v, slots, seg, s):
+        """Attention of turned queries over what seen() gives -> [B, H, T, D]."""
+        return attend(q, k, v, seg.at, slots, attn.rule, seg.begin, **self.how(seg))
 
     def seen(self, attn, q, seg, s):
         """Keys and values of the slots in use, as attend() takes them, and their Places."""
@@ -107,6 +110,10 @@ class Memory(Module):
                 s = {**s, "pos": ops.where(s["pos"] < seg.begin[..., -1:], -1, s["pos"])}
             s = self.forget(attn, seg, s)
         return self.make_room(s)
+
+    def leave(self, block, x, seg, s):
+        """What the block made of the segment's tokens, [B, T, C], on its way to the next one, and the state."""
+        return x, s
 
     def forget(self, attn, seg, s):
         """The best `size` slots, in order of position, empty ones last."""
@@ -149,6 +156,75 @@ class Memory(Module):
         """Empty slots behind those in use, up to the capacity."""
         short = s["capacity"] - s["pos"].shape[2]
         return {**s, **{f: ops.cat([s[f], blank(f, s[f], short)], 2) for f in self.fields if f in s}} if short > 0 else s
+
+
+class Around(Module):
+    """Vectors of the model's own around its segments, one instance for the whole model, in the file of the layers' memory. c: Config;
+    o: the policy's Options.
+
+    When a segment closes, `size` vectors follow its tokens through all layers. If they are `read`, what the last layer makes of them
+    goes through all layers once more, alone, and each layer's memory keeps what it needs of it for the segments to come (Segment.reading).
+    All of them have positions, so that a text's positions jump by as many at each close.
+    """
+
+    read = False
+
+    def __init__(self, c, o):
+        super().__init__()
+        self.c, self.o, self.size = c, o, o.size
+        self.vectors = ops.Embedding(o.size, c.hidden_size)
+
+    def start(self):
+        """Nothing known yet: only `more`, how many positions these vectors have taken so far."""
+        return {"more": 0}
+
+    def known(self, s, like):
+        """The whole state: h, the vectors of the last close, [B, size, C]; newest, begin: the positions of the last of them and of its
+        document, [B, 1, 1]. like: an array with B rows."""
+        if "h" in s:
+            return s
+        B = like.shape[0]
+        none = ops.full((B, 1, 1), -1, ops.int32, like)
+        return {**s, "h": ops.expand(self.vectors.weight[None], (B, self.size, self.c.hidden_size)), "newest": none, "begin": none}
+
+    def still(self, s, like):
+        """The same for a static graph."""
+        return {**self.known(s, like), "more": ops.scalar(s["more"])}
+
+    def shifted(self, begin, at, s):
+        """begin [B, 1, T], which knows nothing of these vectors, as positions of a text with them; `at` [B, 1, T]: the tokens'."""
+        more = s["more"] if isinstance(s["more"], int) else s["more"].reshape(-1, 1, 1)
+        # padding has no position; a document that began before this call began where its last token said
+        first = -ops.amax(ops.where(at < 0, -(2**30), -at), 2)
+        return ops.where(begin + more >= first, begin + more, s["begin"])
+
+    def places(self, n, s):
+        """Positions [B, 1, size] of vectors that follow n tokens, an int, an array or [B]; and 1, or where rows differ 1 for those with
+        tokens since the last close: the others have no vectors."""
+        B = s["newest"].shape[0]
+        start = n if isinstance(n, int) else ops.cast(n, ops.int32).reshape(-1, 1, 1)
+        pos = ops.expand(ops.arange(self.size, s["newest"])[None, None] + start, (B, 1, self.size))
+        if isinstance(n, int) or not n.shape:
+            return pos, 1
+        live = start > s["newest"] + 1
+        return ops.where(live, pos, -1), ops.cast(live, n.dtype)[:, 0, 0]
+
+    def inputs(self, s):
+        """The vectors that follow a segment: where they are read, those of the last close, unless its document is over."""
+        first = self.vectors.weight[None]
+        return ops.where((s["newest"] >= s["begin"]) & self.read, ops.cast(s["h"], first.dtype), first)
+
+    def after(self, h, pos, s, alike):
+        """The state after a close, h [B, size, C] being what came of the vectors, the last time at pos [B, 1, size]. alike: do all rows
+        have vectors?"""
+        live = pos[..., -1:] >= 0
+        more = (2 if self.read else 1) * self.size * (1 if alike else ops.cast(live, ops.int32)[:, 0, 0])
+        more = ops.advance(s["more"], more) if alike else s["more"] + more
+        h = ops.where(live, h, ops.cast(s["h"], h.dtype))
+        return {**s, "h": h, "newest": ops.where(live, pos[..., -1:], s["newest"]), "more": more}
+
+    def initial(self, name):
+        """The array that the parameter of this name begins with; None: random, as any other."""
 
 
 def blank(field, like, n):

@@ -30,7 +30,18 @@ RULES = [name for name in plugins.names("attention") if hasattr(plugins.load("at
 JOINED = ["window|strided", "duo&bigbird|local"]
 # options small enough to matter on a text of 24 tokens; an integer option that is not named here shrinks to its bit length.
 # A gate that is closed at first would hide what is behind it
-SMALL = {"window": 5, "n_global": 2, "block": 6, "budget": 10, "sinks": 2, "original": 16, "gate": "sigmoid", "channels": 4, "bits": 8}
+SMALL = {
+    "window": 5,
+    "n_global": 2,
+    "block": 6,
+    "budget": 10,
+    "sinks": 2,
+    "original": 16,
+    "gate": "sigmoid",
+    "channels": 4,
+    "bits": 8,
+    "closed": False,
+}
 # longrope's lists come from the config alone; the length of TINY's is beyond the original
 LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 16, "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 2.5, 4.0]}
 

@@ -95,6 +95,18 @@ def test_the_gradient_is_that_of_the_whole_row(attn, memory, packed, learning):
         assert abs(got[0] / loss - 1) < 1e-6 and off(got[1], grads) < 1e-5, n
 
 
+@pytest.mark.parametrize("memory", ["tokens:size=3,closed=false", "tokens:size=2,closed=false,keep=window,budget=4"], ids=str)
+def test_the_gradient_through_a_recurrence(memory, learning):
+    """Against one graph over all segments: of every parameter, what a text begins with included."""
+    model = learning(tiny(memory=memory))
+    for packed in (False, True):
+        b = batch(packed)
+        want, got = by_hand(model, b, 7, lambda i: False), in_segments(model, b, 7)
+        assert abs(got[0] / want[0] - 1) < 1e-6 and off(got[1], want[1]) < 1e-5
+        # control: cut at every boundary it is another
+        assert off(in_segments(model, b, 7, 0)[1], want[1]) > 0.05
+
+
 def test_gradients_are_added_to_those_before():
     model, b = tiny("window:window=5", memory="window:budget=4"), batch()
     _, grads = segments.accumulate(model, segments.cut(b, 7), train.nats, {})

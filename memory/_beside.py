@@ -1,0 +1,85 @@
+"""What stands beside the slots: keys and values of vectors that sum up the past, which no policy forgets and no pattern hides.
+
+    y = y_slots + g w (y_side - y_slots),   w = Z_side / (Z_side + Z_slots)
+
+Z is the sum of the exponentials of the logits over the slots, and over what stands beside them. With g = 1 that is softmax over both, as
+the papers have it (closed=false). By default g is a gate of each head, g = tanh(gain beta) with beta = 0: a trained model is at first
+unchanged by what it does not know, and learns to open it. (gain: AdamW moves a weight by about the learning rate a step.)
+
+A state's "side": k, v [B, K, M, D], pos [B, 1, M], where each stands; -1: nothing there.
+"""
+
+import math
+
+import numpy as np
+
+import ops
+import plugins
+from kernels import Places, attend
+from memory.base import Memory
+
+
+def check(o):
+    if not 0 < o.gain < math.inf:
+        raise ValueError(f"gain={o.gain} moves no gate: it must be above 0")
+
+
+class Beside(Memory):
+    """c: Config; o: Options with `closed` and `gain`."""
+
+    def __init__(self, c, o, beside=None):
+        super().__init__(c, o)
+        self.gain, self.everything = (beside or o).gain, plugins.parse("attention", "full")
+        if (beside or o).closed:
+            self.beta = ops.Embedding(c.num_attention_heads, 1)
+        self.closed = (beside or o).closed
+
+    def initial(self, attn, name):
+        return ops.array(np.zeros((self.c.num_attention_heads, 1), "float32")) if name == "beta.weight" else super().initial(attn, name)
+
+    def gate(self):
+        """[H, 1, 1]; tanh(x) = 2 sigmoid(2x) - 1."""
+        return 2 * ops.sigmoid(2 * self.gain * ops.cast(self.beta.weight, ops.float32)[..., None]) - 1 if self.closed else 1.0
+
+    def stand(self, attn, x, seg, s, pos=None):
+        """The state with vectors x [B, M, C], normed as a layer's input is, in the place of what stood beside. pos [B, 1, M]: where they
+        stand; None: they are the segment's tokens. Rows at -1 keep what they had."""
+        pos = seg.at.at if pos is None else pos
+        return {**s, "side": renewed(s.get("side"), self.standing(attn, x, seg, pos))}
+
+    def standing(self, attn, x, seg, pos):
+        k, v = attn.kv(x)
+        return {"k": k if seg.position.late else seg.keys(k, pos), "v": v, "pos": pos}
+
+    def look(self, attn, q, k, v, slots, seg, s):
+        if "side" not in s:
+            return super().look(attn, q, k, v, slots, seg, s)
+        y, here = attend(q, k, v, seg.at, slots, attn.rule, seg.begin, **self.how(seg), lse=True)
+        z, there = self.aside(attn, q, seg, s["side"])
+        # -inf: nothing is seen there (or, by padding, anywhere)
+        w = ops.sigmoid(ops.where(there < -1e29, -1e30, there) - ops.where(here < -1e29, 0.0, here))
+        w = (self.gate() * w[..., None]) * ops.cast(there > -1e29, ops.float32)[..., None]
+        return ops.cast(ops.cast(y, ops.float32) * (1 - w) + w * ops.cast(z, ops.float32), y.dtype)
+
+    def aside(self, attn, q, seg, side, felt=True):
+        """Attention over what stands beside, and its log-sum-exp. felt: are distances felt? Else neither queries nor keys are turned."""
+        pos = side["pos"]
+        k = seg.keys(side["k"], pos) if felt and seg.position.late else side["k"]
+        how = {"scale": self.how(seg)["scale"], "bias": seg.bias if felt else None}
+        return attend(q, k, side["v"], seg.at, Places(pos), self.everything, seg.begin, **how, lse=True)
+
+    def with_side(self, s, n, name="side"):
+        """The state with room for n vectors beside the slots."""
+        if name in s:
+            return s
+        B, K, _, D = s["v"].shape
+        k = ops.full((B, K, n, D), 0.0, s["v"].dtype, s["v"])
+        return {**s, name: {"k": k, "v": k, "pos": ops.full((B, 1, n), -1, ops.int32, s["v"])}}
+
+
+def renewed(old, new):
+    """A side, and those of its rows that have nothing new as they were."""
+    if old is None:
+        return new
+    live = new["pos"] >= 0
+    return {f: ops.where(live if f == "pos" else live[..., None], a, ops.cast(old[f], a.dtype)) for f, a in new.items()}

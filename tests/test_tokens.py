@@ -1,0 +1,95 @@
+"""The Recurrent Memory Transformer: against the paper's concatenation, written out over the plain model."""
+
+import numpy as np
+import pytest
+from conftest import apart, influence, run, text, tiny, whole
+
+import ops
+import plugins
+from errors import Refused
+from kernels import Places
+from model import Config, Llama, load, save
+
+SPEC = "tokens:size=3,closed=false"
+
+
+def by_the_paper(model, plain, tokens, n):
+    """[H_read ; X ; H_write] through the layers of a model without memory, H being what the last layer made of H_write before."""
+    B, T, m = *tokens.shape, model.around.size
+    h, at, out = None, 0, []
+    first = ops.expand(model.around.vectors.weight[None], (B, m, model.config.hidden_size))
+    for i in range(0, T, n):
+        x = plain.model.embed_tokens(ops.array(tokens[:, i : i + n]))
+        # nothing is read before the first segment
+        parts = [x, first] if h is None else [h, x, h]
+        x = ops.cat(parts, 1)
+        pos = ops.expand(ops.arange(x.shape[1], x)[None, None] + at, (B, 1, x.shape[1]))
+        y, _ = plain.model(x, Places(pos), None, False, plain.start()["layers"])
+        a = 0 if h is None else m
+        out.append(ops.numpy(plain.head(y[:, a:-m])))
+        h, at = plain.model.norm(y[:, -m:]), at + x.shape[1]
+    return np.concatenate(out, 1)
+
+
+@pytest.mark.parametrize("pos", ["rope", "dynamic", "alibi"])
+def test_it_is_the_papers_concatenation(pos):
+    model, plain, tokens = tiny(pos=pos, memory=SPEC), tiny(pos=pos), text(20, 2)
+    with ops.no_grad():
+        want = by_the_paper(model, plain, tokens, 8)
+    got = run(model, tokens, whole(20, 8))
+    assert apart(got, want) < 1e-4
+    # control: a vector less is another model
+    with ops.no_grad():
+        fewer = by_the_paper(tiny(pos=pos, memory="tokens:size=2,closed=false"), plain, tokens, 8)
+    assert apart(got, fewer) > 1e-2
+
+
+@pytest.mark.parametrize("keep", ["none", "xl", "window", "snapkv"])
+def test_a_closed_gate_leaves_the_model_as_it_was(keep):
+    spec = f"tokens:size=3,keep={keep},budget=64"
+    base = {"none": "none", "xl": "xl:length=64"}.get(keep, "full")
+    model, tokens = tiny(memory=spec, pos="none"), text(24, 2)
+    want = run(tiny(memory=base, pos="none"), tokens, whole(24))
+    assert apart(run(model, tokens, whole(24)), want) < 1e-4
+    assert apart(run(tiny(memory=spec + ",closed=false", pos="none"), tokens, whole(24)), want) > 1e-2
+
+
+def test_it_carries_further_than_what_the_layers_keep():
+    """Two segments back, where neither a window nor nothing reaches."""
+    moved = influence(tiny(memory=SPEC), text(24), whole(24))
+    assert moved[:8, 16:].max() > 1e-3
+    assert influence(tiny(memory="none"), text(24), whole(24))[:8, 8:].max() < 1e-6
+
+
+def test_the_state_does_not_grow():
+    model, sizes = tiny(memory=SPEC), []
+    with ops.no_grad():
+        state = model.start()
+        for i in range(6):
+            _, state = model(ops.array(text(8, seed=i)), state)
+            total = []
+            ops.tree_map(lambda a, total=total: total.append(ops.nbytes(a)), state)
+            sizes.append(sum(total))
+    assert len(set(sizes)) == 1
+
+
+def test_the_vectors_are_saved(tmp_path, tokenizer_files):
+    model = tiny(memory=SPEC)
+    save(model, tmp_path / "c", tokenizer_files)
+    again, _ = load(tmp_path / "c")
+    assert "around.vectors.weight" in ops.parameters(again)
+    assert apart(run(again, text(24), whole(24)), run(model, text(24), whole(24))) < 1e-6
+
+
+def test_what_cannot_be_is_refused():
+    for spec, sentence in (
+        ("tokens:size=0", "at least 1"),
+        ("tokens:keep=h2o", "keep=h2o is not known"),
+        ("tokens:gain=0", "moves no gate"),
+        ("tokens:keep=sinks,budget=2", "larger than the sinks"),
+    ):
+        with pytest.raises(Refused, match=sentence):
+            plugins.parse("memory", spec)
+    for spec in ("tokens/full", "tokens:size=3/tokens:size=4"):
+        with pytest.raises(Refused, match="all must say the same"):
+            Llama(Config(memory=spec, hidden_size=32, num_attention_heads=4))
