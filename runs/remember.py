@@ -64,7 +64,7 @@ MEMORIES = {
 COLORS = dict(zip(MEMORIES, ("#999999", "#e0a458", "#59a14f", "#d1495b", "#4c78a8", "#b07aa1", "#76b7b2")))
 color = lambda label: COLORS.get(label.partition(":")[0], "black")
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-TRAINING = {"segment": 16, "rows": 128, "steps": 1500, "warmup": 50, "lr": 1e-3, "farthest": 6, "beyond": 8, "fresh": 256}
+TRAINING = {"segment": 20, "rows": 256, "steps": 2000, "warmup": 50, "lr": 1e-3, "farthest": 6, "beyond": 8, "fresh": 256}
 TEXT_SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEXT = {"text_segment": 64, "text_segments": 8, "text_rows": 128, "text_steps": 600, "text_lr": 1e-3, "read": 1 << 20}
 TOY = {"rows": 32, "steps": 300, "farthest": 2, "beyond": 3, "fresh": 64}
@@ -96,7 +96,7 @@ def recall(draw, rows, n=4):
     return pairs(keys, values), pairs(asked, right), pairs(right, np.full_like(right, data.NONE))
 
 
-def key(draw, rows, n=5):
+def key(draw, rows, n=4):
     """A pass key of n digits in a sentence of its own."""
     digits = draw.integers(0, 10, (rows, n))
     said = np.tile([WORDS[w] for w in ("The", "pass", "key", "is")], (rows, 1))
@@ -115,25 +115,25 @@ def words(draw, rows, n):
     return text[(draw.integers(0, len(text), (rows, 1)) + np.arange(n)) % len(text)]
 
 
-# what is said and asked, filler, is it said at a segment's beginning, symbols to guess among
-TASKS = {"copy": (copy, symbols, True, SYMBOLS), "recall": (recall, symbols, True, SYMBOLS), "passkey": (key, words, False, 10)}
+# what is said and asked, filler, is it said anywhere in a segment or at its beginning, symbols to guess among
+TASKS = {"copy": (copy, symbols, False, SYMBOLS), "recall": (recall, symbols, False, SYMBOLS), "passkey": (key, words, True, 10)}
 
 
 def sample(task, draw, distances, segment):
-    """A data.Batch of a row for each distance, all as long as the longest needs, the question at the beginning of the last segment."""
-    what, filler, first, _ = TASKS[task]
+    """A data.Batch of a row for each distance, all as long as the longest needs, the question at the end of the last segment."""
+    what, filler, anywhere, _ = TASKS[task]
     rows, n = len(distances), distances.max() + 1
     said, asked, right = what(draw, rows)
-    if max(said.shape[1], asked.shape[1]) > segment:
-        raise Refused(f"--segment {segment} does not hold what {task} says: it must be at least {max(said.shape[1], asked.shape[1])}")
+    room = segment - said.shape[1] - asked.shape[1]
+    if room < 0:
+        raise Refused(f"--segment {segment} does not hold what {task} says and asks: it must be at least {segment - room}")
     tokens = filler(draw, rows, n * segment)
     targets = np.full_like(tokens, data.NONE)
-    inside = np.zeros(rows, int) if first else draw.integers(0, segment - said.shape[1] + 1, rows)
+    # in the question's own segment it must end before the question
+    inside = draw.integers(0, room + np.where(distances > 0, asked.shape[1], 0) + 1) if anywhere else 0
     place = lambda at, x: (np.arange(rows)[:, None], at[:, None] + np.arange(x.shape[1]))
     tokens[place((n - 1 - distances) * segment + inside, said)] = said
-    last = np.full(rows, (n - 1) * segment)
-    tokens[place(last, asked)] = asked
-    targets[place(last, right)] = right
+    tokens[:, -asked.shape[1] :], targets[:, -asked.shape[1] :] = asked, right
     whole = lambda x: x.astype("int32")
     return data.Batch(whole(tokens), whole(targets), np.zeros(tokens.shape, "int32"), [[task]] * rows)
 
@@ -148,7 +148,7 @@ def accuracy(model, batch, segment):
     with ops.no_grad():
         for piece in segments.cut(batch, segment):
             kept, (tokens, begin) = state, segments.inputs(piece)
-            logits, state, _ = segments.read(model, tokens, state, begin=begin)
+            logits, state, *_ = segments.read(model, tokens, state, begin=begin)
             asked = piece.targets >= 0
             if asked.any():
                 right += int((ops.numpy(ops.argmax(logits, -1)) == piece.targets)[asked].sum())
@@ -176,10 +176,10 @@ def learn(task, memory, seed, a):
     optimizer = ops.AdamW(model, (0.9, 0.95), 1e-8, 0.01)
     learning, testing = (np.random.default_rng([seed, i]) for i in (1, 2))
     test = lambda d, rows: accuracy(model, sample(task, testing, np.full(rows, d), a.segment), a.segment)
-    far, passed, step, losses = 1, [], 0, []
+    far, passed, step, losses = 0, [], 0, []
     while step < a.steps and far <= a.farthest:
         step += 1
-        distances = np.where(learning.random(a.rows) < 0.5, far, learning.integers(1, far + 1, a.rows))
+        distances = np.where(learning.random(a.rows) < 0.5, far, learning.integers(0, far + 1, a.rows))
         lr = a.lr * min(1, step / a.warmup)
         batch = sample(task, learning, distances, a.segment)
         loss, norm, _ = train.train_step(model, optimizer, batch, a.rows, 1.0, lr, a.segment, bptt)
@@ -195,7 +195,7 @@ def learn(task, memory, seed, a):
                 far += 1
     row = {"task": task, **about(model, memory, seed), "steps": step, "seconds": round(time.perf_counter() - start, 1), "passed": passed}
     cells, kept = [], 0
-    for d in range(1, a.beyond + 1):
+    for d in range(a.beyond + 1):
         right, kept = test(d, 4 * a.fresh)
         cells.append({"distance": d, "accuracy": right})
     row |= {"chance": 1 / TASKS[task][3], "bytes": kept, "cells": cells, "loss": [round(x, 4) for x in losses[:: max(1, a.steps // 100)]]}
@@ -307,7 +307,7 @@ def said(row):
     what = f"{row['task']}, {row['memory']}, seed {row['seed']}: {row['steps']} steps, {row['seconds']} s, "
     if row["task"] == "text":
         return what + f"{row['bits_per_byte']:.3f} bits per byte"
-    return what + f"accuracy {', '.join('{accuracy:.2f}'.format(**c) for c in row['cells'])} at distances 1 to {len(row['cells'])}"
+    return what + f"accuracy {', '.join('{accuracy:.2f}'.format(**c) for c in row['cells'])} at distances 0 to {len(row['cells']) - 1}"
 
 
 def grouped(r):
@@ -323,11 +323,11 @@ def table(r):
     groups = grouped(r)
     tasks = [t for t in TASKS if any(t in g for g in groups.values())]
     farthest, beyond = (r["settings"][k] for k in ("farthest", "beyond"))
-    shown = sorted({1, min(2, farthest), farthest, beyond})
+    shown = sorted({0, 1, min(2, farthest), farthest, beyond})
     head = ["`--memory`", *(f"{t}, {', '.join(map(str, shown))} back" for t in tasks)]
     head += ["steps", "kept, KB"] * bool(tasks) + ["text, bits per byte", "kept, KB"] * any("text" in g for g in groups.values())
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    mean = lambda rows, d: np.mean([row["cells"][d - 1]["accuracy"] for row in rows])
+    mean = lambda rows, d: np.mean([row["cells"][d]["accuracy"] for row in rows])
     for name, by_task in groups.items():
         cells = [f"`{name}`"]
         for t in tasks:
@@ -396,7 +396,7 @@ def arguments(argv=None):
     for k, default in (TRAINING | TEXT | (TOY if args.toy else {})).items():
         if getattr(args, k) is None:
             setattr(args, k, default)
-        if not getattr(args, k) > 0:
+        if not getattr(args, k) > -1:
             raise Refused(f"--{k.replace('_', '-')} {getattr(args, k)} is not possible: it must be above 0")
     if args.beyond < args.farthest:
         raise Refused(f"--beyond {args.beyond} is less than --farthest {args.farthest}: it is how far accuracy is looked at")
