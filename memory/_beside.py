@@ -58,7 +58,7 @@ class Beside(Memory):
         z, there = self.aside(attn, q, seg, s["side"])
         # -inf: nothing is seen there (or, by padding, anywhere)
         w = ops.sigmoid(ops.where(there < -1e29, -1e30, there) - ops.where(here < -1e29, 0.0, here))
-        w = (self.gate() * w[..., None]) * ops.cast(there > -1e29, ops.float32)[..., None]
+        w = self.gate() * w[..., None]
         return ops.cast(ops.cast(y, ops.float32) * (1 - w) + w * ops.cast(z, ops.float32), y.dtype)
 
     def aside(self, attn, q, seg, side, felt=True):

@@ -4,7 +4,7 @@
     long-term, the middle layer  y = (1 - g) y_short + g attention(q, M) without positions;   M <- the last `windows` of [M ; mix_M(u')]
 
 x are a window's tokens, u the `short` summary tokens that follow it and see all of it, m what the layer read from the window before: it
-stands in front of the next. Each mix is linear along the tokens, after a norm; mix_M makes `long` vectors of them. M is a queue of many windows'.
+stands in front of the next. Each mix is linear along the tokens, after a norm; mix_M makes `long` vectors of them for M, a queue.
 Keys and values of m and M are made by the layer's own weights. Windows are the segments: 512 tokens in the paper, with short=128,
 long=64, windows=128 for the larger memory.
 
@@ -104,4 +104,3 @@ class Memory(Beside):
     def still(self, s):
         s = self.with_side(s, self.o.short)
         return super().still(self.with_side(s, self.o.long * self.o.windows, "long") if self.remembers else s)
-

@@ -95,14 +95,17 @@ def test_the_gradient_is_that_of_the_whole_row(attn, memory, packed, learning):
         assert abs(got[0] / loss - 1) < 1e-6 and off(got[1], grads) < 1e-5, n
 
 
-@pytest.mark.parametrize("memory", ["tokens:size=3,closed=false", "tokens:size=2,closed=false,keep=window,budget=4"], ids=str)
+RECURRENT = ["tokens:size=3", "tokens:size=2,keep=window,budget=4", "state:size=3", "state:size=3,cell=mlp", "melodi:short=3,long=2"]
+
+
+@pytest.mark.parametrize("memory", RECURRENT, ids=str)
 def test_the_gradient_through_a_recurrence(memory, learning):
     """Against one graph over all segments: of every parameter, what a text begins with included."""
-    model = learning(tiny(memory=memory))
+    model = learning(tiny(memory=memory + ",closed=false"))
     for packed in (False, True):
         b = batch(packed)
         want, got = by_hand(model, b, 7, lambda i: False), in_segments(model, b, 7)
-        assert abs(got[0] / want[0] - 1) < 1e-6 and off(got[1], want[1]) < 1e-5
+        assert abs(got[0] / want[0] - 1) < 1e-6 and off(got[1], want[1]) < 1e-4
         # control: cut at every boundary it is another
         assert off(in_segments(model, b, 7, 0)[1], want[1]) > 0.05
 
@@ -194,7 +197,7 @@ def test_a_saved_state_holds_no_room():
     model, b, state = tiny(memory="window:budget=10"), batch(), None
     for n in (7, 10, 10):
         with ops.no_grad():
-            _, state, _ = segments.read(model, ops.array(b.tokens[:, :7]), state)
+            _, state, *_ = segments.read(model, ops.array(b.tokens[:, :7]), state)
         assert state["layers"][0]["n"] == state["layers"][0]["k"].shape[2] == n
 
 
