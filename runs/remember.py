@@ -5,19 +5,21 @@
     python runs/remember.py --table bench/results/remember.json --plot docs/remember.png
 
 Protocol. Each model begins from the same random weights, is trained by train.py's own step in segments, and knows of earlier segments what
-its memory hands on; gradients go through all boundaries (none do where a memory cuts them: xl). In every row something is said in one
-segment and asked for in the last one, the distance being the number of segments from the one to the other, and the rest is filler. copy: a
-string of random symbols, to be said again in order. recall: pairs of a key and a value, the values being asked for by their keys in another
-order. passkey: digits in a sentence of words that the filler has too, at a random place of the segment. Training begins at distance 1; when
-fresh rows of the longest distance so far are right to 95%, it grows by one. Half of the rows have the longest distance, the others a
-random one. It ends when the longest distance is passed, or after so many steps. Accuracy is that of answer tokens on fresh rows, each read
-with the right answers before it; chance is what guessing among the symbols of the task gives. text: train.py on bytes of novels, as many
-steps for each memory, short segments, and bits per byte of the held-out novels, read in rows as long as in training. All memories see a
-segment of the same length. What a memory keeps of a row between segments is counted in bytes.
+its memory hands on; gradients go through all boundaries (where a memory cuts them, xl and compressive, through none). In every row
+something is said in one segment and asked for at the end of the last one, the distance being the number of segments from the one to the
+other, and the rest is filler. copy: a string of random symbols, to be said again in order. recall: pairs of a key and a value, the values
+being asked for by their keys in another order. passkey: digits in a sentence of words that the filler has too, at a random place of the
+segment. Training begins at distance 0, inside of one segment; when fresh rows of the longest distance so far are right to 95%, it grows by
+one. Half of the rows have the longest distance, the others a random one up to it. It ends when the farthest distance is passed, or after so
+many steps or seconds. Accuracy is that of answer tokens on fresh rows, the right answers before each being given; chance is what guessing
+among the symbols of the task gives. text: train.py on bytes of novels, as many steps for each memory, in short segments, and bits per byte
+of held-out novels, read in rows as long as in training. All memories see segments of the same length. What a memory keeps of a row between
+segments is counted in bytes.
 
-What the sizes leave: `xl` keeps each layer's inputs of one segment, as many as the paper compared here keeps, so a layer sees one segment
-back and a stack of layers could reach one more for each, but no gradient teaches it to pass anything on. `compressive` keeps its last
-segment raw, so from distance 2 on an answer is in compressed slots alone. The others keep no token.
+What the sizes leave: `xl` keeps each layer's inputs of one segment, as the paper below has it, so a layer sees one segment back and each
+further layer one more, but no gradient teaches them to pass anything on. `compressive` keeps its last segment raw and squeezes those
+before it, two tokens into one, without a gradient either: what it knows of distance 2 and beyond stands in squeezed slots alone. `tokens`,
+`state`, `melodi` and `infini` keep no token, only vectors that they have made of them, or a matrix.
 
 Claimed: recurrent memory tokens solve copying and associative retrieval over several segments where Transformer-XL's cached past does not
 reach, and in short segments of text they are better than Transformer-XL of the same segment, and that than no memory (Bulatov et al. 2022,
@@ -28,6 +30,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -44,7 +47,6 @@ import data
 import errors
 import evaluate
 import passkey
-import plugins
 import rundir
 import train
 from bench import common
@@ -55,18 +57,18 @@ from runs import extrapolate, lengths
 MEMORIES = {
     "none": "none",
     "xl": "xl:length={n}",
-    "compressive": "compressive",
-    "tokens": "tokens",
-    "state": "state",
-    "melodi": "melodi",
+    "compressive": "compressive:length={n},compressed=96,rate=2,closed=false",
+    "tokens": "tokens:size=8,closed=false",
+    "state": "state:size=8,closed=false",
+    "melodi": "melodi:short=8,long=4,windows=16,closed=false",
     "infini": "infini:gate=sigmoid",
 }
 COLORS = dict(zip(MEMORIES, ("#999999", "#e0a458", "#59a14f", "#d1495b", "#4c78a8", "#b07aa1", "#76b7b2")))
 color = lambda label: COLORS.get(label.partition(":")[0], "black")
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-TRAINING = {"segment": 20, "rows": 256, "steps": 2000, "warmup": 50, "lr": 1e-3, "farthest": 6, "beyond": 8, "fresh": 256}
-TEXT_SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
-TEXT = {"text_segment": 64, "text_segments": 8, "text_rows": 128, "text_steps": 600, "text_lr": 1e-3, "read": 1 << 20}
+TRAINING = {"segment": 20, "rows": 256, "steps": 1200, "warmup": 50, "lr": 2e-3, "farthest": 4, "beyond": 8, "fresh": 256, "seconds": 150}
+TEXT_SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 4}
+TEXT = {"text_segment": 64, "text_segments": 6, "text_rows": 128, "text_steps": 500, "text_lr": 2e-3, "read": 1 << 20}
 TOY = {"rows": 32, "steps": 300, "farthest": 2, "beyond": 3, "fresh": 64}
 TOY |= {"text_segment": 32, "text_segments": 4, "text_rows": 16, "text_steps": 60, "read": 1 << 14}
 PASSED = 0.95
@@ -177,7 +179,7 @@ def learn(task, memory, seed, a):
     learning, testing = (np.random.default_rng([seed, i]) for i in (1, 2))
     test = lambda d, rows: accuracy(model, sample(task, testing, np.full(rows, d), a.segment), a.segment)
     far, passed, step, losses = 0, [], 0, []
-    while step < a.steps and far <= a.farthest:
+    while step < a.steps and far <= a.farthest and time.perf_counter() - start < a.seconds:
         step += 1
         distances = np.where(learning.random(a.rows) < 0.5, far, learning.integers(0, far + 1, a.rows))
         lr = a.lr * min(1, step / a.warmup)
@@ -212,13 +214,15 @@ def about(model, memory, seed):
 
 
 def read(memory, seed, a):
-    """The row of a model that train.py trains on text, in a run's folder that is new."""
+    """The row of a model that train.py trains on text."""
     from model import load
 
-    start, name = time.perf_counter(), f"{plugins.parse('memory', memory).name}-{seed}"
+    start, name = time.perf_counter(), slug("text", memory, seed)
     length = a.text_segment * a.text_segments
     folder = extrapolate.byte_folder(a.models.absolute() / f"start-{name}", TEXT_SHAPE, length)
     out = a.models.absolute() / name
+    # what a run that was cut off left
+    shutil.rmtree(out, ignore_errors=True)
     flags = {"model": folder, "init": folder / "config.json", "out": out, "memory": memory, "seed": seed, "segment": a.text_segment}
     flags |= {"length": length, "batch": a.text_rows, "micro": a.text_rows, "steps": a.text_steps, "warmup": a.text_steps // 10}
     flags |= {"lr": a.text_lr, "valid-rows": max(1, a.read // length), "eval-every": a.text_steps, "keep": 1}
@@ -246,44 +250,60 @@ def one(task, memory, seed, args):
     return read(memory, seed, args) if task == "text" else learn(task, memory, seed, args)
 
 
+def slug(*words):
+    return re.sub(r"[^\w.]+", "-", "-".join(map(str, words)))
+
+
 def elsewhere(task, memory, seed, args):
-    """The same row, made by a process of its own."""
-    name = re.sub(r"[^\w.]+", "-", f"{task}-{memory}-{seed}")
-    parts = args.models.absolute() / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    given = {k: getattr(args, k) for k in (*TRAINING, *TEXT, "backend", "device", "dtype", "data", "valid")}
-    given |= {"tasks": task, "memories": memory, "seed": seed, "seeds": 1, "models": args.models.absolute(), "out": parts, "name": name}
-    flags = []
-    for k, v in given.items():
-        flags += [] if v is None else [f"--{k.replace('_', '-')}", *map(str, v if isinstance(v, list) else [v])]
-    with open(parts / f"{name}.log", "w") as said:
+    """The same row, made by a process of its own, or by an earlier call's."""
+    name, parts = slug(task, memory, seed), args.models.absolute() / "parts"
+    part, log, size = parts / f"{name}.json", parts / f"{name}.log", {k: getattr(args, k) for k in (*TRAINING, *TEXT)}
+    if not (row := finished(part, size)):
+        parts.mkdir(parents=True, exist_ok=True)
+        given = size | {k: getattr(args, k) for k in ("backend", "device", "dtype", "data", "valid")}
+        given |= {"tasks": task, "memories": memory, "seed": seed, "seeds": 1, "models": args.models.absolute(), "out": parts, "name": name}
+        flags = []
+        for k, v in given.items():
+            flags += [] if v is None else [f"--{k.replace('_', '-')}", *map(str, v if isinstance(v, list) else [v])]
         # each has a core: threads that wait for each other cost more than they do
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, str(Path(__file__).resolve()), *flags], stdout=said, stderr=said, env=env)
-    if done.returncode:
-        raise Refused(f"{name} ended with {done.returncode}:\n{(parts / f'{name}.log').read_text()[-1500:]}")
-    (row,) = json.loads((parts / f"{name}.json").read_text())["rows"]
+        with open(log, "w") as said:
+            done = subprocess.run([sys.executable, str(Path(__file__).resolve()), *flags], stdout=said, stderr=said, env=env)
+        if not (row := finished(part, size)):
+            raise Refused(f"{name} ended with {done.returncode}:\n{log.read_text()[-1500:]}")
     return row
 
 
+def finished(part, size):
+    """The row of a part's file, if it is there and of this size."""
+    try:
+        r = json.loads(part.read_text())
+        return r["rows"][0] if all(r["settings"][k] == v for k, v in size.items()) else None
+    except (OSError, ValueError, LookupError):
+        return None
+
+
 def run(args, result, keep):
-    """Fill result["rows"]; keep() is called after each. Returns what failed, as sentences."""
-    seeds, failed = range(args.seed, args.seed + args.seeds), []
+    """Fill result["rows"]; keep() is called after each. Returns what is missing, as sentences."""
+    seeds, missing, start = range(args.seed, args.seed + args.seeds), [], time.perf_counter()
     # the longest first
-    asked = [(t, m, s) for t in sorted(args.tasks, key=lambda t: t != "text") for s in seeds for m in args.memories]
+    asked = [(t, m, s) for s in seeds for t in sorted(args.tasks, key=lambda t: t != "text") for m in args.memories]
 
     def work(what):
         task, label, seed = what
         try:
+            if args.limit and time.perf_counter() - start > args.limit:
+                raise Refused(f"{task} with {label}, seed {seed}: not begun within --limit {args.limit} seconds")
             row = (elsewhere if args.jobs else one)(task, sized(label, task, args), seed, args)
         except Refused as no:
             # the others are worth having without it
             cli.say(no)
-            return failed.append(f"{task} with {label}")
+            return missing.append(f"{task} with {label}, seed {seed}")
         rows = [*result["rows"], {**row, "label": label}]
         result["rows"] = sorted(rows, key=lambda r: asked.index((r["task"], r["label"], r["seed"])))
+        result["seconds"] = round(time.perf_counter() - start, 1)
         keep()
-        cli.say(f"{len(result['rows']) + len(failed)} of {len(asked)}: {said(row)}")
+        cli.say(f"{len(result['rows']) + len(missing)} of {len(asked)}: {said(row)}")
 
     if args.jobs:
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -291,7 +311,7 @@ def run(args, result, keep):
     else:
         for what in asked:
             work(what)
-    return failed
+    return missing
 
 
 def sized(label, task, args):
@@ -386,6 +406,7 @@ def arguments(argv=None):
     p.add_argument("--memories", nargs="+", default=list(MEMORIES), metavar="SPEC", help=f"default: {' '.join(MEMORIES)}, sized for this")
     p.add_argument("--seeds", type=cli.whole, default=2, metavar="N", help="how many, from --seed on (default 2)")
     p.add_argument("--jobs", type=cli.whole, default=0, metavar="N", help="processes at a time (default 0: all in this one)")
+    p.add_argument("--limit", type=cli.whole, metavar="SECONDS", help="begin nothing after so many, and say what is missing")
     p.add_argument("--data", nargs="+", metavar="PATH", help="texts to train on (default: Python's own library)")
     p.add_argument("--valid", nargs="+", metavar="PATH", help="held-out texts (default: a twentieth of the data's files)")
     p.add_argument("--models", type=Path, default=Path("out") / "remember", metavar="FOLDER", help="what is left of the runs")
@@ -396,7 +417,7 @@ def arguments(argv=None):
     for k, default in (TRAINING | TEXT | (TOY if args.toy else {})).items():
         if getattr(args, k) is None:
             setattr(args, k, default)
-        if not getattr(args, k) > -1:
+        if not getattr(args, k) > 0:
             raise Refused(f"--{k.replace('_', '-')} {getattr(args, k)} is not possible: it must be above 0")
     if args.beyond < args.farthest:
         raise Refused(f"--beyond {args.beyond} is less than --farthest {args.farthest}: it is how far accuracy is looked at")
@@ -419,15 +440,13 @@ def main(argv=None):
         **{"machine": common.machine(), "command": lengths.command(__file__), "protocol": lengths.protocol(__doc__)},
         **{"shape": SHAPE, "text_shape": TEXT_SHAPE, "settings": settings, "memories": specs, "rows": []},
     }
-    start = time.perf_counter()
-    failed = run(args, result, lengths.keeper(args.out / f"{args.name or ('remember-toy' if args.toy else 'remember')}.json", result))
-    cli.say(f"{time.perf_counter() - start:.0f} s in all")
+    missing = run(args, result, lengths.keeper(args.out / f"{args.name or ('remember-toy' if args.toy else 'remember')}.json", result))
     if result["rows"]:
         print(table(result))
     if args.plot and result["rows"]:
         picture(result, args.plot)
-    if failed:
-        raise Refused(f"not trained: {', '.join(failed)}; the reasons stand above")
+    if missing:
+        raise Refused(f"not trained: {'; '.join(missing)}; the reasons stand above")
 
 
 if __name__ == "__main__":
