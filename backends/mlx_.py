@@ -430,14 +430,14 @@ def global_norm(arrays):
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only, a column being none."""
 
     def __init__(self, model, betas, eps, weight_decay):
         named = dict(tree_flatten(model.trainable_parameters()))
         adamw = lambda decay: mlx.optimizers.AdamW(0.0, list(betas), eps, decay, bias_correction=True)
         self.model, self.groups = model, []
         for decays, decay in ((True, weight_decay), (False, 0.0)):
-            mine = {n: p for n, p in named.items() if (p.ndim > 1) == decays}
+            mine = {n: p for n, p in named.items() if (p.ndim > 1 and min(p.shape) > 1) == decays}
             self.groups.append((list(mine), adamw(decay)))
             self.groups[-1][1].init(mine)
 

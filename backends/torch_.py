@@ -457,11 +457,11 @@ def global_norm(arrays):
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only, a column being none."""
 
     def __init__(self, model, betas, eps, weight_decay):
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        groups = [[p for p in self.named.values() if (p.ndim > 1) == decays] for decays in (True, False)]
+        groups = [[p for p in self.named.values() if (p.ndim > 1 and min(p.shape) > 1) == decays] for decays in (True, False)]
         groups = [{"params": g, "weight_decay": w} for g, w in zip(groups, (weight_decay, 0.0))]
         self.inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=device().type == "cuda")
 
