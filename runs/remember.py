@@ -265,8 +265,8 @@ def elsewhere(task, memory, seed, args):
         flags = []
         for k, v in given.items():
             flags += [] if v is None else [f"--{k.replace('_', '-')}", *map(str, v if isinstance(v, list) else [v])]
-        # each has a core: threads that wait for each other cost more than they do
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # each has a core: threads that wait for each other cost more than they do; and in segments so short a mask costs less than a plan
+        env = {"NANOLONG_KERNEL": "dense", **os.environ, "OMP_NUM_THREADS": "1"}
         with open(log, "w") as said:
             done = subprocess.run([sys.executable, str(Path(__file__).resolve()), *flags], stdout=said, stderr=said, env=env)
         if not (row := finished(part, size)):
