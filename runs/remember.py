@@ -48,6 +48,7 @@ import errors
 import evaluate
 import passkey
 import rundir
+import tokenizer as tokenizers
 import train
 from bench import common
 from errors import Refused
@@ -66,7 +67,7 @@ MEMORIES = {
 COLORS = dict(zip(MEMORIES, ("#999999", "#e0a458", "#59a14f", "#d1495b", "#4c78a8", "#b07aa1", "#76b7b2")))
 color = lambda label: COLORS.get(label.partition(":")[0], "black")
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-TRAINING = {"segment": 20, "rows": 256, "steps": 1200, "warmup": 50, "lr": 2e-3, "farthest": 4, "beyond": 8, "fresh": 256, "seconds": 150}
+TRAINING = {"segment": 20, "rows": 256, "steps": 1200, "warmup": 50, "lr": 2e-3, "farthest": 4, "beyond": 8, "fresh": 256, "seconds": 200}
 TEXT_SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {"text_segment": 64, "text_segments": 6, "text_rows": 128, "text_steps": 500, "text_lr": 2e-3, "read": 1 << 20}
 TOY = {"rows": 32, "steps": 300, "farthest": 2, "beyond": 3, "fresh": 64}
@@ -306,6 +307,9 @@ def run(args, result, keep):
         cli.say(f"{len(result['rows']) + len(missing)} of {len(asked)}: {said(row)}")
 
     if args.jobs:
+        if "text" in args.tasks:
+            # into the cache, before all want it at once
+            train.corpora(args, tokenizers.load(extrapolate.byte_folder(args.models.absolute() / "start", TEXT_SHAPE, 1)))
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(work, asked))
     else:
