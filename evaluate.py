@@ -40,10 +40,9 @@ def perplexity(model, tokens, segment=512, progress=lambda losses: None):
     with ops.no_grad():
         for i in range(0, len(x), segment):
             here = slice(i, i + segment)
-            logits, state = model(ops.array(x[None, here]), state)
-            loss = ops.cross_entropy(logits[0], ops.array(y[here]))
+            loss, state = model(ops.array(x[None, here]), state, targets=ops.array(y[None, here]))
             ops.wait(loss, state)
-            losses[here] = ops.numpy(loss)
+            losses[here] = ops.numpy(loss[0])
             progress(losses[here])
     return losses
 

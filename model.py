@@ -194,11 +194,21 @@ class Block(Module):
         self.self_attn = Attention(c, rule, memory)
         self.post_attention_layernorm = ops.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
+        self.tile = None  # training: tokens that the MLP takes at once; None: all
 
     def forward(self, x, seg, s):
         y, s = self.self_attn(self.input_layernorm(x), seg, s)
         x = x + y
-        return self.self_attn.memory.leave(self, x + self.mlp(self.post_attention_layernorm(x)), seg, s)
+        x = x + tiled(lambda x, norm, mlp: mlp(norm(x)), self.tile, [x], self.post_attention_layernorm, self.mlp)
+        return self.self_attn.memory.leave(self, x, seg, s)
+
+
+def tiled(f, n, arrays, *modules):
+    """f(*arrays, *modules) over [B, T, ...], n tokens at a time, each tile made once more in the backward pass; n None: all at once."""
+    T = arrays[0].shape[1]
+    if not n or n >= T:
+        return f(*arrays, *modules)
+    return ops.cat([ops.checkpoint(f, *(a[:, i : i + n] for a in arrays), *modules) for i in range(0, T, n)], 1)
 
 
 class Decoder(Module):
@@ -250,11 +260,21 @@ class Llama(Module):
         self.around = surround(c)
         self.dtype = None  # of the activations; None: the embedding's
         self.run = ops.call  # how the head is called
+        self.chunk = None  # losses: tokens whose logits exist at once; None: all
 
     def head(self, x):
         """[..., C] -> logits [..., V] in float32."""
-        x = self.model.norm(x)
-        return ops.cast(self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x), ops.float32)
+        return logits(x, self.model.norm, self.readout)
+
+    @property
+    def readout(self):
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    def losses(self, x, targets):
+        """Loss of each target in nats, [B, T] float32, 0 where it is negative: x [B, T, C]. A chunk's logits are made once more in the
+        backward pass, so that no [T, V] is ever held."""
+        n = self.chunk and max(1, self.chunk // x.shape[0])
+        return tiled(losses, n, [x, targets], self.model.norm, self.readout)
 
     def start(self, segment=0, total=0):
         """Nothing remembered yet. segment, total: the most tokens that will come piece by piece between closes, and at all;
@@ -263,13 +283,14 @@ class Llama(Module):
         segment += self.around.size if around and segment else 0
         return {"next": 0, "layers": [block.self_attn.memory.start(segment, total) for block in self.model.layers], **around}
 
-    def forward(self, tokens, state=None, begin=None, padded=False, close=True, last=None):
+    def forward(self, tokens, state=None, begin=None, padded=False, close=True, last=None, targets=None):
         """Logits of a whole text, or of the next piece of one.
 
         tokens [B, T] integers. state: from start() or the call before; without it this is a text by itself, and only the
         logits are returned. begin [B, T]: the position of the first token of each token's own document (documents packed in
         a row do not see each other). padded: tokens of -1 are padding. close: the segment ends with these tokens. last:
-        logits of the last so many positions only.
+        logits of the last so many positions only. targets [B, T]: return each one's loss in nats instead, [B, T] float32, 0 where it is
+        negative; `chunk` tokens' logits at a time.
         Returns logits [B, T, V] float32, and with a state the new state.
         """
         alone = state is None
@@ -279,8 +300,8 @@ class Llama(Module):
         x = self.model.embed_tokens(ops.where(tokens < 0, 0, tokens) if padded else tokens)
         x = x if self.dtype is None else ops.cast(x, self.dtype)
         x, state = self.read(x, at, None if begin is None else begin[:, None], count, close and not alone, state)
-        logits = self.run(self.head, x if last is None else x[:, -last:])
-        return logits if alone else (logits, state)
+        y = self.run(self.head, x if last is None else x[:, -last:]) if targets is None else self.losses(x, targets)
+        return y if alone else (y, state)
 
     def read(self, x, at, begin, count, close, state):
         """All layers over x [B, T, C] -> [B, T, C] and the new state. count: how many tokens they are, an int or [B]."""
@@ -369,6 +390,14 @@ class Llama(Module):
                 value = np.ones(shape) if "norm" in name else draw.normal(size=shape) * std if len(shape) > 1 else np.zeros(shape)
                 said = ops.array(value.astype("float32"))
             ops.set_parameters(self, {name: said})
+
+
+def logits(x, norm, readout):
+    return ops.cast(getattr(readout, "as_linear", readout)(norm(x)), ops.float32)
+
+
+def losses(x, targets, norm, readout):
+    return ops.cross_entropy(logits(x, norm, readout), targets)
 
 
 def own(name):

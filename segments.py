@@ -51,7 +51,7 @@ def read(model, tokens, state, **how):
 
 
 def total(model, pieces, loss):
-    """The summed loss of a row's pieces, without gradients. loss(call, piece), where call(tokens, begin=...) gives the logits."""
+    """The summed loss of a row's pieces, without gradients. loss(call, piece), where call(tokens, ...) is the model's own call."""
     state, lost = None, 0.0
     with ops.no_grad():
         for piece in pieces:
@@ -63,7 +63,7 @@ def total(model, pieces, loss):
 def accumulate(model, pieces, loss, grads, bptt="all", offload=False):
     """The gradient of the summed loss of a row's pieces, added to grads (name -> array, used up).
 
-    loss(call, piece) -> scalar, where call(tokens, begin=...) gives the logits. offload: boundaries' states wait in the host's memory.
+    loss(call, piece) -> scalar, where call(tokens, ...) is the model's own call. offload: boundaries' states wait in the host's memory.
     Returns ([(loss, what each observer saw...) of every piece], grads).
     """
     state, outs = None, []
@@ -77,10 +77,10 @@ def forward(model, piece, loss, state):
     """(loss of a piece, the state after, what the observers saw, the auxiliary loss)."""
     left = []
 
-    def call(tokens, begin):
-        logits, *rest = read(model, tokens, state, begin=begin)
+    def call(tokens, **how):
+        y, *rest = read(model, tokens, state, **how)
         left.extend(rest)
-        return logits
+        return y
 
     return loss(call, piece), *left
 

@@ -33,7 +33,7 @@ import rundir
 from errors import Refused
 
 # Memory: weights, gradients and AdamW's two averages take 16 bytes a parameter at any length. Activations grow with
-# micro * length (of one block with --checkpoint, else of all), logits with micro * length * vocabulary.
+# micro * length (of one block with --checkpoint, else of all), logits with --loss-chunk * vocabulary.
 DEFAULTS = {
     # two cores train a 135M model on about 80 tokens a second: five to ten minutes
     "cpu": {"length": 2048, "batch": 1, "steps": 12, "warmup": 2, "valid_rows": 2, "checkpoint": False},
@@ -41,12 +41,22 @@ DEFAULTS = {
     "mac": {"length": 4096, "batch": 4, "steps": 100, "warmup": 10, "valid_rows": 8, "checkpoint": True},
     "cuda": {"length": 8192, "batch": 8, "steps": 200, "warmup": 20, "valid_rows": 16, "checkpoint": True},
 }
-COMMON = {"micro": 1, "lr": 1e-4, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "adapter": "full", "keep": 2, "offload": False}
+COMMON = {
+    "micro": 1,
+    "lr": 1e-4,
+    "weight_decay": 0.1,
+    "clip": 1.0,
+    "seed": 0,
+    "adapter": "full",
+    "keep": 2,
+    "offload": False,
+    "loss_chunk": 2048,
+}
 UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "device", "dtype", "segment", "bptt", "min_lr")
-UNSET += ("eval_every", "save_every", "out")
-POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep")
+UNSET += ("eval_every", "save_every", "out", "mlp_tile")
+POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk")
 # what a resumed run may change: nothing that moves its losses
-FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload"}
+FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload", "loss_chunk", "mlp_tile"}
 
 
 # tokenised texts, used again by every run
@@ -78,6 +88,10 @@ def parse(argv=None):
     p.add_argument("--clip", type=float, help="largest norm of a step's gradient")
     p.add_argument("--seed", type=int)
     p.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, a third slower")
+    p.add_argument("--loss-chunk", type=cli.whole, metavar="TOKENS", help="logits of so many tokens exist at once (default 2048)")
+    p.add_argument(
+        "--mlp-tile", type=cli.whole, metavar="TOKENS", help="an MLP takes so many tokens at once: less memory, a third forward of it"
+    )
     p.add_argument("--eval-every", type=cli.whole, metavar="STEPS", help="default: a quarter of --steps")
     p.add_argument("--valid-rows", type=cli.whole, metavar="ROWS", help="held-out rows that a validation reads, always the same ones")
     p.add_argument("--save-every", type=cli.whole, metavar="STEPS", help="default: --eval-every")
@@ -122,6 +136,8 @@ def settle(given):
             raise Refused(f"{flag(k)} {a[k]} is not possible: it must be from 0 to {top:g}")
     if a["batch"] % a["micro"]:
         raise Refused(f"--batch {a['batch']} is no multiple of --micro {a['micro']}: choose a --micro that divides it")
+    if a["mlp_tile"] is not None and a["mlp_tile"] < 1:
+        raise Refused(f"--mlp-tile {a['mlp_tile']} is not possible: it must be above 0")
     if a["segment"] is None and (a["bptt"] is not None or a["offload"]):
         raise Refused(f"--{'offload' if a['offload'] else 'bptt'} is about the boundaries between segments: give --segment too")
     if a["segment"] is not None and not 0 < a["segment"] < a["length"]:
@@ -193,7 +209,9 @@ def build(a, config, source, fresh):
         model, tokenizer = llama.load(source, a.attn, a.pos, a.memory, a.adapter, "float32", a.device)
     if tokenizer.vocab_size > config.vocab_size:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} tokens, but the config's vocab_size is {config.vocab_size}")
-    model.dtype, model.model.run = llama.as_dtype(a.dtype), ops.checkpoint if a.checkpoint else ops.call
+    model.dtype, model.model.run, model.chunk = llama.as_dtype(a.dtype), ops.checkpoint if a.checkpoint else ops.call, a.loss_chunk
+    for block in model.model.layers:
+        block.tile = a.mlp_tile
     named, observers = ops.parameters(model), tuple(model.observers())
     observed = {n for n in named if n.startswith(observers)}
     frozen = {n: p for n, p in named.items() if n not in observed and not adapter.module.trains(n, adapter.options)}
@@ -215,17 +233,17 @@ def corpora(a, tokenizer):
 def nats(model, batch):
     """The summed loss of a batch's target tokens, in nats."""
     tokens, begin = segments.inputs(batch)
-    return ops.cross_entropy(model(tokens, begin=begin), ops.array(batch.targets)).sum()
+    return model(tokens, begin=begin, targets=ops.array(batch.targets)).sum()
 
 
 def loss_and_seen(model, batch, total):
     """(the batch's share of the loss over `total` tokens, what each of the model's observers saw...)"""
     seen = []
 
-    def watched(tokens, begin):
-        logits, state = model(tokens, model.start(), begin=begin, close=False)
+    def watched(tokens, **how):
+        losses, state = model(tokens, model.start(), close=False, **how)
         seen.extend(s["seen"] for s in state["layers"] if "seen" in s)
-        return logits
+        return losses
 
     return nats(watched, batch) / total, *seen
 

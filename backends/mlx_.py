@@ -370,8 +370,9 @@ def write_safetensors(path, arrays):
 def checkpoint(module, x, *rest):
     """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
     # gradients reach what is an argument and nothing else: arrays, and the weights of this module and of those in `rest`.
-    # A method's weights are those of the module that it belongs to
-    owners, arrays, is_module = [getattr(module, "__self__", module)], [], lambda t: isinstance(t, nn.Module)
+    # A method's weights are those of the module that it belongs to, a plain function's those of modules in `rest`
+    is_module = lambda t: isinstance(t, nn.Module)
+    owners, arrays = list(filter(is_module, [getattr(module, "__self__", module)])), []
     differs = lambda t: is_array(t) and is_real(t)
     _tree_map(lambda t: owners.append(t) if is_module(t) else arrays.append(t) if differs(t) else None, rest, is_leaf=is_module)
 

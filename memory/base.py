@@ -168,6 +168,7 @@ class Around(Module):
     """
 
     read = False
+    recurrent = False  # do those of the last close follow the next segment too? Else the learned ones follow every segment
 
     def __init__(self, c, o):
         super().__init__()
@@ -210,9 +211,9 @@ class Around(Module):
         return ops.where(live, pos, -1), ops.cast(live, n.dtype)[:, 0, 0]
 
     def inputs(self, s):
-        """The vectors that follow a segment: where they are read, those of the last close, unless its document is over."""
+        """The vectors that follow a segment: where they are recurrent, those of the last close, unless its document is over."""
         first = self.vectors.weight[None]
-        return ops.where((s["newest"] >= s["begin"]) & self.read, ops.cast(s["h"], first.dtype), first)
+        return ops.where((s["newest"] >= s["begin"]) & self.recurrent, ops.cast(s["h"], first.dtype), first)
 
     def after(self, h, pos, s, alike):
         """The state after a close, h [B, size, C] being what came of the vectors, the last time at pos [B, 1, size]. alike: do all rows

@@ -47,7 +47,7 @@ def check(o):
 
 
 class Around(Base):
-    read = True
+    read = recurrent = True
 
 
 class Memory(Beside):
@@ -56,7 +56,7 @@ class Memory(Beside):
 
     def __init__(self, c, o):
         super().__init__(c, policy(o)[1], o)
-        self.vectors = o.size
+        self.vectors = o.size  # so many stand beside the slots
 
     def write(self, attn, x, seg, s):
         return self.stand(attn, x, seg, s) if seg.reading else super().write(attn, x, seg, s)

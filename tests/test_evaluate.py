@@ -114,10 +114,10 @@ def test_segments_give_the_losses_of_one_forward(segment):
 def test_bounded_memory_far_past_its_budget(memory):
     model, tokens, seen = tiny(memory), text(8 * 25), []
 
-    def watched(x, state):
-        logits, state = model(x, state)
-        seen.append((logits.shape[1], max(s["pos"].shape[2] for s in state["layers"])))
-        return logits, state
+    def watched(x, state, targets):
+        losses, state = model(x, state, targets=targets)
+        seen.append((losses.shape[1], max(s["pos"].shape[2] for s in state["layers"])))
+        return losses, state
 
     watched.start = model.start
     losses, full = evaluate.perplexity(watched, tokens, 5), forward(tiny(), tokens)

@@ -13,7 +13,7 @@ ATTN, POS, MEMORY = ([small(folder, name) for name in plugins.names(folder)] for
 ATTN += [*(small("attention", joined) for joined in JOINED), "longformer:window=5,n_global=4,own_projections=true"]
 GENEROUS = plugins.names("memory")  # by default a memory holds far more than these texts
 # these sum up the past when a segment closes instead of keeping its tokens, so they never equal full attention
-FOLDS = {"compressive", "infini", "melodi", "none", "quantised", "state", "tokens"}
+FOLDS = {"compressive", "infini", "melodi", "none", "quantised", "state", "summary", "tokens"}
 # a number between two codes falls to either side, for a last bit more or less: pieces agree to about a step of 8 bits
 ROUNDS = {"quantised"}
 # frequencies that move with the length of the text

@@ -17,9 +17,9 @@ train.use_backend(None)
 
 T = 24
 SQUEEZED = [f"compressive:length=6,compressed=4,rate=3,compress={kind}" for kind in COMPRESS]
-SUMS = ["state:size=3", "state:size=3,cell=mlp", "melodi:short=3,long=2,windows=2", *SQUEEZED]
+SUMS = ["state:size=3", "state:size=3,cell=mlp", "melodi:short=3,long=2,windows=2", "summary:k=3,chunks=2", *SQUEEZED]
 # what each is with a gate that is closed
-BASE = {"state": "none", "melodi": "none", "compressive": "xl:length=6"}
+BASE = {"state": "none", "melodi": "none", "summary": "none", "compressive": "xl:length=6"}
 numbers = lambda grads: {n: ops.numpy(g) for n, g in grads.items()}
 
 

@@ -31,7 +31,7 @@ def test_windows_are_segments(pos):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     assert abs(got - evaluate.perplexity(model, tokens, segment=48).reshape(3, 16)).max() > 1e-2, "a window must not see the one before"
     x, y = lengths.windows(tokens, 16)
-    np.testing.assert_allclose(lengths.losses(model, x, y, piece=7), got, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(lengths.losses(model, x, y), got, rtol=1e-4, atol=1e-4)
     assert run(model, tokens[None]).shape == (1, 49, TINY["vocab_size"]), "the model gives logits again"
 
 

@@ -1,4 +1,4 @@
-"""The Recurrent Memory Transformer: against the paper's concatenation, written out over the plain model."""
+"""Recurrent Memory Transformer and AutoCompressor: against the papers' concatenations, written out over the plain model."""
 
 import numpy as np
 import pytest
@@ -13,21 +13,23 @@ from model import Config, Llama, load, save
 SPEC = "tokens:size=3,closed=false"
 
 
-def by_the_paper(model, plain, tokens, n):
-    """[H_read ; X ; H_write] through the layers of a model without memory, H being what the last layer made of H_write before."""
+def by_the_paper(model, plain, tokens, n, pile=None):
+    """[H_read ; X ; H_write] through the layers of a model without memory, H being what the last layer made of H_write before. pile: what
+    was made of it in the last so many segments is read, and what is written is always the same."""
     B, T, m = *tokens.shape, model.around.size
-    h, at, out = None, 0, []
+    read, at, out = [], 0, []
     first = ops.expand(model.around.vectors.weight[None], (B, m, model.config.hidden_size))
     for i in range(0, T, n):
-        x = plain.model.embed_tokens(ops.array(tokens[:, i : i + n]))
         # nothing is read before the first segment
-        parts = [x, first] if h is None else [h, x, h]
-        x = ops.cat(parts, 1)
-        pos = ops.expand(ops.arange(x.shape[1], x)[None, None] + at, (B, 1, x.shape[1]))
+        x = plain.model.embed_tokens(ops.array(tokens[:, i : i + n]))
+        x = ops.cat([h for h, _ in read] + [x, first if pile or not read else read[-1][0]], 1)
+        length = tokens[:, i : i + n].shape[1] + m
+        pos = np.concatenate([np.arange(p, p + m) for _, p in read] + [np.arange(at, at + length)])
+        pos = ops.expand(ops.array(pos.astype("int32"))[None, None], (B, 1, len(pos)))
         y, _ = plain.model(x, Places(pos), None, False, plain.start()["layers"])
-        a = 0 if h is None else m
-        out.append(ops.numpy(plain.head(y[:, a:-m])))
-        h, at = plain.model.norm(y[:, -m:]), at + x.shape[1]
+        out.append(ops.numpy(plain.head(y[:, len(read) * m : -m])))
+        # vectors stand behind the segment once more when they are read
+        read, at = [*read, (plain.model.norm(y[:, -m:]), at + length)][-(pile or 1) :], at + length + m
     return np.concatenate(out, 1)
 
 
@@ -41,6 +43,18 @@ def test_it_is_the_papers_concatenation(pos):
     # control: a vector less is another model
     with ops.no_grad():
         fewer = by_the_paper(tiny(pos=pos, memory="tokens:size=2,closed=false"), plain, tokens, 8)
+    assert apart(got, fewer) > 1e-2
+
+
+@pytest.mark.parametrize("chunks", [9, 2])
+def test_summaries_pile_up(chunks):
+    model, plain, tokens = tiny(memory=f"summary:k=3,chunks={chunks},closed=false"), tiny(), text(36, 2)
+    with ops.no_grad():
+        want, fewer = by_the_paper(model, plain, tokens, 8, chunks), by_the_paper(model, plain, tokens, 8, 1)
+    got = run(model, tokens, whole(36, 8))
+    # a summary that has left was still read by those that came after it, here as in the paper's recurrence
+    n = 8 * (chunks + 1)
+    assert apart(got[:, :n], want[:, :n]) < 1e-4
     assert apart(got, fewer) > 1e-2
 
 

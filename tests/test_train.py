@@ -156,11 +156,11 @@ def test_rows_of_one_document_take_the_causal_path():
     seen, batch = [], uneven()
 
     class Spy:
-        def __call__(self, tokens, begin):
+        def __call__(self, tokens, begin, targets):
             seen.append(begin)
-            return ops.full((*tokens.shape, 257), 0.0, ops.float32)
+            return ops.cast(targets >= 0, ops.float32)
 
-    assert abs(train.nats(Spy(), batch).item() - 60 * math.log(257)) < 1e-2
+    assert train.nats(Spy(), batch).item() == 60
     train.nats(Spy(), batch._replace(begin=batch.begin * 0))
     assert seen[0] is not None and seen[1] is None
 

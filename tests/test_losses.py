@@ -1,0 +1,49 @@
+"""What saves memory in training changes neither loss nor gradients."""
+
+import numpy as np
+import pytest
+from conftest import text, tiny
+
+import ops
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_in_chunks_they_are_the_same(tied):
+    """And their gradients, though no [T, V] is held: of rows of 23 tokens, 2 of them, 7 or 10 tokens a chunk, documents and padding too."""
+    model = tiny(tie_word_embeddings=tied)
+    tokens = text(24, 2)
+    targets = np.where(np.arange(24) % 5 == 3, -1, np.roll(tokens, -1, 1)).astype("int32")
+    x, y = ops.array(tokens), ops.array(targets)
+    loss = lambda: model(x, targets=y).sum()
+    want, gradients = ops.value_and_grad(model, loss)
+    try:
+        for model.chunk in (14, 21, 2, 48, 999):
+            got, mine = ops.value_and_grad(model, loss)
+            assert abs(got.item() / want.item() - 1) < 1e-6
+            for name, g in gradients.items():
+                assert np.abs(ops.numpy(mine[name]) - ops.numpy(g)).max() < 1e-5 * np.abs(ops.numpy(g)).max(), name
+    finally:
+        model.chunk = None
+    np.testing.assert_allclose(ops.numpy(model(x, targets=y)), ops.numpy(ops.cross_entropy(model(x), y)), atol=1e-5)
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+def test_mlps_in_tiles_are_the_same(recomputed):
+    """Alone, and in blocks that are themselves made once more."""
+    model = tiny()
+    x, y = ops.array(text(24, 2)), ops.array(text(24, 2, seed=1))
+    loss = lambda: model(x, targets=y).sum()
+    want, gradients = ops.value_and_grad(model, loss)
+    try:
+        model.model.run = ops.checkpoint if recomputed else ops.call
+        for n in (7, 24, 1):
+            for block in model.model.layers:
+                block.tile = n
+            got, mine = ops.value_and_grad(model, loss)
+            assert abs(got.item() / want.item() - 1) < 1e-6
+            for name, g in gradients.items():
+                assert np.abs(ops.numpy(mine[name]) - ops.numpy(g)).max() < 1e-5 * np.abs(ops.numpy(g)).max(), name
+    finally:
+        model.model.run = ops.call
+        for block in model.model.layers:
+            block.tile = None
