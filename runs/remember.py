@@ -16,14 +16,14 @@ among the symbols of the task gives. text: train.py on bytes of novels, as many 
 of held-out novels, read in rows as long as in training. All memories see segments of the same length. What a memory keeps of a row between
 segments is counted in bytes.
 
-What the sizes leave: `xl` keeps each layer's inputs of one segment, as the paper below has it, so a layer sees one segment back and each
-further layer one more, but no gradient teaches them to pass anything on. `compressive` keeps its last segment raw and squeezes those
-before it, two tokens into one, without a gradient either: what it knows of distance 2 and beyond stands in squeezed slots alone. `tokens`,
-`state`, `melodi` and `infini` keep no token, only vectors that they have made of them, or a matrix.
+What the sizes leave: `xl` keeps each layer's inputs of one segment, so a layer sees one segment back and each further layer one more, but
+no gradient teaches them to pass anything on. `compressive` keeps its last segment raw and squeezes those before it, two tokens into one,
+without a gradient either: what it knows of distance 2 and beyond stands in squeezed slots alone. `tokens`, `state`, `melodi` and `infini`
+keep no token, only vectors that they have made of them, or a matrix.
 
-Claimed: recurrent memory tokens solve copying and associative retrieval over several segments where Transformer-XL's cached past does not
-reach, and in short segments of text they are better than Transformer-XL of the same segment, and that than no memory (Bulatov et al. 2022,
-arXiv:2207.06881); a compressive memory is better than Transformer-XL's (Rae et al. 2019, arXiv:1911.05507).
+Claimed: recurrent memory tokens solve copying and associative retrieval over more segments than Transformer-XL does with its cached past,
+and in short segments of text they are better than Transformer-XL, and that than no memory (Bulatov et al. 2022, arXiv:2207.06881); on text
+a compressive memory is better than Transformer-XL's (Rae et al. 2019, arXiv:1911.05507).
 """
 
 import json
