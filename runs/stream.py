@@ -98,7 +98,7 @@ def stream(folder, args, memory, tokens, L0):
     from model import load
 
     model, _ = load(folder, memory="full" if memory == "alone" else memory, dtype=args.dtype, device=args.device)
-    if memory != "alone" and any(block.self_attn.memory.size is None for block in model.model.layers):
+    if memory != "alone" and any(block.self_attn.memory.grows for block in model.model.layers):
         tokens = tokens[:, : 4 * L0 + 1]
     start = time.perf_counter()
     every = alone(model, tokens, L0) if memory == "alone" else losses(model, tokens, args.segment)

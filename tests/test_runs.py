@@ -11,7 +11,7 @@ import evaluate
 import tokenizer
 from errors import Refused
 from model import Config, load, save
-from runs import extrapolate, lengths, stream
+from runs import extrapolate, lengths, remember, stream
 
 fresh = tiny.__wrapped__
 
@@ -181,7 +181,7 @@ def test_extrapolate_reads_what_is_there_when_one_fails(tmp_path, monkeypatch, c
 
 
 def test_protocols_say_what_is_done():
-    for script in (lengths, extrapolate, stream):
+    for script in (lengths, extrapolate, remember, stream):
         assert len(lengths.protocol(script.__doc__)) > 300
 
 
@@ -211,3 +211,64 @@ def test_stream_and_its_tables(tmp_path, tokenizer_files, capsys):
     assert capsys.readouterr().out == printed and "| sinks:16,sinks=2: ms a token written |" in printed
     with pytest.raises(Refused, match="--data is missing"):
         stream.main(["--device", "cpu"])
+
+
+@pytest.mark.parametrize("task", list(remember.TASKS))
+def test_what_is_asked_was_said_so_many_segments_back(task):
+    distances, S = np.array([0, 3, 1, 2, 3, 0]), 20
+    batch = remember.sample(task, np.random.default_rng(0), distances, S)
+    assert batch.tokens.shape == (6, 4 * S) and not batch.begin.any() and batch.tokens.max() < remember.VOCABULARY
+    for row, right, d in zip(batch.tokens.tolist(), batch.targets.tolist(), distances):
+        at = [i for i, x in enumerate(right) if x >= 0]
+        # asked at the end of the last segment, and taken for said before the next answer
+        assert min(at) >= 3 * S and all(row[i + 1] == right[i] for i in at if i + 1 < len(row))
+        there = row[(3 - d) * S : (4 - d) * S] if d else row[3 * S : min(at) - (task == "passkey") * 3]
+        answers = [right[i] for i in at]
+        if task == "recall":
+            pairs = dict(zip(there[0:8:2], there[1:8:2]))
+            assert [pairs[row[i]] for i in at] == answers
+        else:
+            before = remember.SAY if task == "copy" else remember.WORDS["is"]
+            assert any(there[i] == before and there[i + 1 : i + 1 + len(at)] == answers for i in range(len(there)))
+        # nowhere else
+        assert sum(row[i : i + len(at)] == answers for i in range(3 * S)) == (d > 0) * (task != "recall")
+
+
+def test_remember_trains_and_goes_on_when_one_fails(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NANOLONG_CACHE", str(tmp_path / "cache"))
+    books = [novel(tmp_path / f"{i}.txt", 3000, i) for i in range(2)]
+    monkeypatch.setattr(remember, "SHAPE", {**remember.SHAPE, "hidden_size": 32, "intermediate_size": 48})
+    monkeypatch.setattr(remember, "TEXT_SHAPE", remember.SHAPE)
+    flags = ["--toy", "--tasks", "copy", "text", "--seeds", "1", "--rows", "8", "--steps", "20", "--fresh", "8", "--device", "cpu"]
+    flags += ["--data", books[0], "--valid", books[1], "--read", "1k", "--text-steps", "20", "--text-lr", "0.01"]
+    flags += ["--models", str(tmp_path / "m"), "--out", str(tmp_path), "--name", "r"]
+    remember.main([*flags, "--memories", "none", "infini"])
+    printed, r = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
+    assert [(row["task"], row["label"]) for row in r["rows"]] == [(t, m) for t in ("text", "copy") for m in ("none", "infini")]
+    text, copy = r["rows"][:2], r["rows"][2:]
+    assert all(1 < row["bits_per_byte"] < 6 and row["steps"] == 20 for row in text)
+    assert [c["distance"] for c in copy[0]["cells"]] == [0, 1, 2, 3] and copy[0]["chance"] == 1 / 16
+    # a matrix of 8 x 8 and a sum of 8 in float32, and where it ends, for each of 2 layers (text: 4 heads alike)
+    assert copy[0]["bytes"] < 100 < 2 * 4 * (8 * 8 + 8) * 4 <= copy[1]["bytes"] < 3000
+    assert "| `infini` |" in printed and f"{text[1]['bits_per_byte']:.3f}" in printed
+    remember.main(["--table", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")])
+    assert printed.endswith(capsys.readouterr().out) and (tmp_path / "r.png").is_file()
+    flags += ["--tasks", "copy"]
+    remember.main([*flags, "--memories", "none", "--steps", "1", "--jobs", "1"])
+    assert [row["steps"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]] == [1]
+    # what is there is not made again, and what cannot be made is named
+    monkeypatch.setattr(remember.subprocess, "run", lambda *args, **how: type("Done", (), {"returncode": 3}))
+    with pytest.raises(Refused, match="not trained: copy with xl, seed 0;"):
+        remember.main([*flags, "--memories", "none", "xl", "--steps", "1", "--jobs", "2"])
+    assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == 1 and "ended with 3" in capsys.readouterr().err
+    with pytest.raises(Refused, match="not trained: copy with none"):
+        remember.main([*flags, "--memories", "none", "--segment", "12"])
+    assert "at least 14" in capsys.readouterr().err
+    for more, why in (
+        (["--memories", "oops"], "oops"),
+        (["--tasks", "sing"], "sing"),
+        (["--beyond", "1"], "less"),
+        (["--rows", "0"], "above 0"),
+    ):
+        with pytest.raises(Refused, match=why):
+            remember.main([*flags, *more])
