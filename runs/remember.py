@@ -45,7 +45,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 import data
 import errors
-import evaluate
 import passkey
 import rundir
 import tokenizer as tokenizers
@@ -399,7 +398,7 @@ def picture(r, path):
     if lines:
         figure.legend(handles=lines.values(), loc="outside lower center", ncols=len(lines), fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    evaluate.write(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
+    cli.write(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
     cli.say(f"drawn into {path} (dotted: chance; dashed: the longest distance trained at)")
 
 
