@@ -125,3 +125,23 @@ def test_refused(table, spec, says):
 def test_patterns_that_tell_heads_apart_are_refused():
     with pytest.raises(Refused, match="take --attn full"):
         Llama(Config(**TINY, num_hidden_layers=2, memory="duo", attn="full/duo"))
+
+
+def test_counters_come_back_to_the_host():
+    made = tiny(memory=f"duo:{BOUND}")
+    with ops.no_grad():
+        _, state = made(ops.array(text(8)), made.start(8, 16))
+    again = made.moving(made.still(state))
+    found = [layer[kind]["n"] for layer in again["layers"] for kind in ("full", "streaming")]
+    assert found == [8, 8] * 2 and {type(n) for n in found} == {int}
+
+
+def test_heads_that_are_all_full_can_be_cut():
+    """As the full cache is; where some stream, never."""
+    made = tiny(memory="duo:share=1.0")
+    with ops.no_grad():
+        _, state = made(ops.array(text(T)), made.start(T, T + 9))
+        layers = [block.self_attn.memory.cut(s, 11) for block, s in zip(made.model.layers, state["layers"])]
+        y, _ = made(ops.array(text(20)[:, 11:]), {"next": 11, "layers": layers})
+    assert apart(ops.numpy(y), run(tiny(), text(20))[:, 11:]) < 1e-4
+    assert tiny(memory=f"duo:{BOUND}").model.layers[0].self_attn.memory.cut(state["layers"][0], 11) is None
