@@ -74,7 +74,9 @@ class Session:
         model, ops = self.model, self.ops
         if not self.graph:
             return ops.eager(lambda x, state, close: model(x, state, close=close), self.state)
-        fast = ops.fast_call()
+        from kernels.step import fast_call
+
+        fast = fast_call()
 
         def step(x, state, close):
             plain = model.run, model.model.run

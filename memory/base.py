@@ -23,6 +23,8 @@ class Memory(Module):
     opening = 0  # and so are the first so many tokens of each document
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds
+    beside = {}  # what write() gives to some of them, beside pack(): field -> "at", where the token stands, or a float32 for each key head
+    tally = None  # the field to which attend() adds the weights that a slot gets, if it does that and no more beside attention
     cuts = False  # does closing stop the gradient?
     whole_rows = False  # does training need a whole row at once?
     observes = False  # are some parameters learned from what is seen in training, not by gradients? Then see learn()
@@ -59,6 +61,8 @@ class Memory(Module):
         new, (B, T), n = self.pack(attn, x, seg), x.shape[:2], s["n"]
         heads = new["k"].shape[1] if self.heads_differ else 1
         new["pos"] = ops.expand(seg.at.at, (B, heads, T))
+        for f, what in self.beside.items():
+            new[f] = ops.expand(seg.at.at, (B, 1, T)) if what == "at" else ops.full(new["v"].shape[:3], what, ops.float32, x)
         consecutive = isinstance(n, int) and (n == 0 or (s["first"] is not None and seg.at.first == s["first"] + n))
         first = (s["first"] if n else seg.at.first) if consecutive else None
         return {**self.put(s, new, n), "n": ops.advance(n, T), "first": first}

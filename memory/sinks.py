@@ -25,15 +25,12 @@ def check(o):
 
 
 class Memory(Base):
-    fields = ("k", "v", "pos", "born")
+    # born: where the token really stood; pos: where it is felt to stand
+    fields, beside = ("k", "v", "pos", "born"), {"born": "at"}
 
     def __init__(self, c, o):
         super().__init__(c, o)
         self.size, self.always, self.opening = o.budget, o.sinks, o.sinks
-
-    def pack(self, attn, x, seg):
-        # born: where the token really stood; pos: where it is felt to stand
-        return {**super().pack(attn, x, seg), "born": ops.expand(seg.at.at, (x.shape[0], 1, x.shape[1]))}
 
     def rank(self, attn, seg, s):
         since = s["born"] - (0 if seg.begin is None else seg.begin[..., -1:])
