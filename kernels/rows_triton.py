@@ -15,12 +15,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def columns(P, at, c, left: tl.constexpr, BK: tl.constexpr):
-    """The entries `at` of an array, those of columns c from `left` on being 0."""
+def columns(P, c, left: tl.constexpr, BK: tl.constexpr):
+    """What the pointers P to columns c point at, those from `left` on being 0."""
     if left < BK:
-        return tl.load(P + at, mask=c < left, other=0.0)
+        return tl.load(P, mask=c < left, other=0.0)
     else:
-        return tl.load(P + at)
+        return tl.load(P)
 
 
 @triton.jit
@@ -42,10 +42,15 @@ def product_kernel(
             W = W2
             r = first - N0 - N1
     c = tl.arange(0, BK)[None, :]
-    at = (r + tl.arange(0, BN)).to(tl.int64)[:, None] * C + c
-    w = columns(W, at, c, C, BK)
+    # large numbers in the pointers alone
+    here = tl.arange(0, BN)[:, None] * C + c
+    W += r.to(tl.int64) * C
+    W += here
+    w = columns(W, c, C, BK)
     if GATED:
-        u = columns(W1, at, c, C, BK)
+        U = W1 + r.to(tl.int64) * C
+        U += here
+        u = columns(U, c, C, BK)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -53,14 +58,14 @@ def product_kernel(
     b = tl.zeros([BN, BK], tl.float32)
     square = tl.zeros([1, BK], tl.float32)
     for k in tl.static_range(0, C, BK):
-        x = columns(X, k + c, c, C - k, BK).to(tl.float32)
         if k > 0:
-            w = columns(W, at + k, c, C - k, BK)
+            w = columns(W + k, c, C - k, BK)
             if GATED:
-                u = columns(W1, at + k, c, C - k, BK)
+                u = columns(U + k, c, C - k, BK)
+        x = columns(X + k + c, c, C - k, BK).to(tl.float32)
         if GAIN is not None:
             square += x * x
-            x *= columns(GAIN, k + c, c, C - k, BK).to(tl.float32)
+            x *= columns(GAIN + k + c, c, C - k, BK).to(tl.float32)
         a += w.to(tl.float32) * x
         if GATED:
             b += u.to(tl.float32) * x

@@ -39,7 +39,19 @@ def plain(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, b
     return y, {**s, "n": ops.advance(n, 1)}
 
 
+def kept(rank, s, fields, size, ordered=True):
+    """The state s with the `size` slots of highest rank [B, 1 or K, N] alone, no more being there: all its fields, arrays [B, 1 or K, N, ...].
+    In order of position, empty ones last; where that is not asked for they may stay where they are, others in the place of those that go,
+    and what room there was behind them stays, empty."""
+    if not ordered and not isinstance(s["n"], int) and keeps(s, fields):
+        return keep(rank, s, fields, size)
+    best = ops.top(rank, size)
+    at = ops.take(s["pos"], best)
+    best = ops.sort_by(ops.where(at < 0, 2**30, at), best)
+    return {**s, **{f: ops.take(s[f], best) for f in fields}}
+
+
 if TRITON:
-    from kernels.slots_triton import can, token
+    from kernels.slots_triton import can, keep, keeps, token
 else:
-    token, can = plain, lambda s, heads: False
+    token, can, keeps = plain, lambda s, heads: False, lambda s, fields: False

@@ -10,9 +10,14 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+import ops
 from kernels.inline import compiled
-from kernels.triton_ import INTERPRETED, MASKED, layer_of, seen
+from kernels.spans import behaviours
+from kernels.rows_triton import early
+from kernels.triton_ import INTERPRETED, MASKED, Maybe, layer_of, seen
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -35,7 +40,7 @@ def token_kernel(
     N, layer, scale,
     K_HEADS: tl.constexpr, POS_HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GR: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, W: tl.constexpr,
-    RULE: tl.constexpr, DOCS: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
+    RULE: tl.constexpr, EACH: tl.constexpr, DOCS: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
 ):  # fmt: skip
     """Program (h, s) reads share s of key head h; share 0 also sees to the new token."""
     h = tl.program_id(0)
@@ -84,10 +89,15 @@ def token_kernel(
         slot = i + tl.arange(0, BLOCK)
         there = slot < stop
         kp = tl.load(POS + slot, mask=there, other=-1)[None, :]
+        hp = h * G
+        if EACH:
+            # a rule's own variables may not change their shape
+            kp += heads[:, None] * 0
+            hp = kp * 0 + heads[:, None]
         row = slot.to(tl.int64)[:, None] * D + d
         k = tl.load(K + row, mask=there[:, None] & inside, other=0.0)
         e = tl.dot(q, tl.trans(k), input_precision="ieee")
-        see = seen(p, kp, begin, slot[None, :], heads[:, None], layer, 0, RULE, True, DOCS, False, ALWAYS, OPENING)
+        see = seen(p, kp, begin, slot[None, :], hp, layer, 0, RULE, True, DOCS, False, ALWAYS, OPENING)
         e = tl.where(see, e, MASKED)
         if SCORE is not None:
             tl.store(SCORE + heads[:, None] * N + slot[None, :], e, mask=mine[:, None] & there[None, :])
@@ -133,8 +143,11 @@ def token_kernel(
 
 
 @triton.jit
-def mass_kernel(SCORE, LSE, MASS, N_USED, N, G: tl.constexpr, BLOCK: tl.constexpr):
+def mass_kernel(SCORE, LSE, MASS, N_USED, N, G: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """MASS += the weights of the newest token's queries, summed over those of a key head; its own slot begins with its own."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     h = tl.program_id(1)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.minimum(tl.load(N_USED), N).to(tl.int32)
@@ -166,6 +179,12 @@ def scores(device, H, N):
     return torch.empty(H, N, device=device, dtype=torch.float32)
 
 
+@functools.cache
+def differs(rule, heads):
+    """Does a rule tell heads apart?"""
+    return any(behaviours(rule, heads))
+
+
 def shares(K, N):
     """How many programs read the slots of one key head: about as many in all as a large GPU has processors, or twice that if there is much
     to read; a power of two."""
@@ -176,7 +195,7 @@ def token(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, b
     """See kernels.slots.plain."""
     k, pos, n = s["k"], s["pos"], s["n"]
     _, K, N, D = k.shape
-    G, DP, S = row.shape[0] // D // K - 2, triton.next_power_of_2(D), shares(K, N)
+    G, DP, S = row.shape[0] // D // K - 2, max(16, triton.next_power_of_2(D)), shares(K, N)
     GR = triton.next_power_of_2(G)
     part, stat, count, lse = scratch(row.device, K * G, K, S, GR, DP)
     score = scores(row.device, K * G, N) if mass else None
@@ -186,8 +205,99 @@ def token(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, b
         s["q"] if recent else None, s["q_at"] if recent else None, score, lse if mass else None, part, stat, count, y,
         N, layer_of(rule), D**-0.5 if scale is None else scale,
         K, pos.shape[1], G, max(16, GR), GR, D, DP, turn[0].shape[-1], S, 64, min(DP, max(16, 8192 // (S * GR))), recent,
-        compiled(rule), begin is not None, always, opening, num_warps=4, num_stages=3,
+        compiled(rule), differs(rule, K * G), begin is not None, always, opening, num_warps=4, num_stages=3,
     )  # fmt: skip
     if mass:
-        mass_kernel[(triton.cdiv(N, 1024), K)](score, lse, s[mass], n, N, G, 1024)
+        pdl = early(row.device)
+        mass_kernel[(triton.cdiv(N, 1024), K)](score, lse, s[mass], n, N, G, 1024, pdl, **({"launch_pdl": True} if pdl else {}))
     return y, s
+
+
+# ---------------------------------------------------------------- what stays when a segment closes
+
+
+@triton.jit
+def stay_kernel(RANK, STAYS, N, size, BLOCK: tl.constexpr):
+    """Is each slot of a head one of the `size` of highest rank? Of equal ones the first are."""
+    h = tl.program_id(1)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mine = tl.load(RANK + h * N + i, mask=i < N, other=0.0)[:, None]
+    better = tl.zeros([BLOCK], tl.int32)
+    for a in range(0, N, BLOCK):
+        j = a + tl.arange(0, BLOCK)
+        other = tl.load(RANK + h * N + j, mask=j < N, other=-float("inf"))[None, :]
+        before = (other > mine) | ((other == mine) & (j[None, :] < i[:, None]))
+        better += tl.sum(before.to(tl.int32), 1)
+    tl.store(STAYS + h * N + i, (better < size).to(tl.int32), mask=i < N)
+
+
+@triton.jit
+def move(X, h, source, to, moves, blank, N, HEADS: tl.constexpr):
+    """A field of one number a slot: the number at `source` to slot `to` if it moves; what it leaves is blank. X may be None."""
+    if X is not None:
+        if h < HEADS:
+            x = tl.load(X + h * N + source)
+            if moves > 0:
+                tl.store(X + h * N + to, x)
+            tl.store(X + h * N + source, (x * 0 + blank).to(X.dtype.element_ty))
+
+
+@triton.jit
+def fill_kernel(
+    STAYS, K, V, POS, BORN, MASS, N, size,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr, POS_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Slot size + i of key head h: if it stays it moves to the place of a slot before `size` that goes, the m-th to the m-th."""
+    i = tl.program_id(0)
+    h = tl.program_id(1)
+    STAYS += (h % HEADS) * N
+    back = tl.arange(0, BACK)
+    moves = tl.load(STAYS + size + i)
+    m = tl.sum(tl.load(STAYS + size + back, mask=back < i, other=0))
+    front = tl.arange(0, FRONT)
+    goes = 1 - tl.load(STAYS + front, mask=front < size, other=1)
+    # so many slots are not behind the m-th that goes
+    to = tl.sum(((tl.cumsum(goes, 0) <= m) & (front < size)).to(tl.int32))
+    source = size + i
+    d = tl.arange(0, DP)
+    at = h.to(tl.int64) * N * D + d
+    row = d < D * moves
+    tl.store(K + at + to * D, tl.load(K + at + source * D, mask=row, other=0.0), mask=row)
+    tl.store(V + at + to * D, tl.load(V + at + source * D, mask=row, other=0.0), mask=row)
+    move(POS, h, source, to, moves, -1, N, POS_HEADS)
+    move(BORN, h, source, to, moves, -1, N, 1)
+    move(MASS, h, source, to, moves, 0, N, 1 << 20)
+
+
+def keeps(s, fields):
+    """Can the kernels do it? A static state of keys and values, and beside positions a number for each slot or two."""
+    wide, narrow = [f for f in fields if s[f].ndim == 4], [f for f in fields if s[f].ndim == 3 and f != "pos"]
+    known = all(f in s for f in ("k", "v", "pos")) and wide == ["k", "v"] and all(s[f].dtype in (torch.int32, torch.float32) for f in narrow)
+    alike = known and len({s[f].dtype for f in narrow}) == len(narrow) and all(s[f].shape[1] == 1 for f in narrow if s[f].dtype == torch.int32)
+    return alike and not torch.is_grad_enabled() and s["pos"].shape[2] <= MOST and (ops.tracing() or can(s, s["k"].shape[1]))
+
+
+MOST = 1 << 14  # slots that are compared each with each
+
+
+@torch.library.custom_op("nanolong::keep", mutates_args=("k", "v", "pos", "born", "mass"))
+def keep_op(rank: Tensor, k: Tensor, v: Tensor, pos: Tensor, born: Maybe, mass: Maybe, size: int) -> None:
+    (_, K, N, D), heads = k.shape, rank.shape[1]
+    stays = torch.empty(heads, N, device=k.device, dtype=torch.int32)
+    stay_kernel[(triton.cdiv(N, 64), heads)](rank.contiguous(), stays, N, size, 64)
+    front, back = triton.next_power_of_2(size), triton.next_power_of_2(N - size)
+    shape = heads, D, triton.next_power_of_2(D), front, back, pos.shape[1]
+    fill_kernel[(N - size, K)](stays, k, v, pos, born, mass, N, size, *shape)
+
+
+@keep_op.register_fake
+def _(rank, k, v, pos, born, mass, size):
+    return None
+
+
+def keep(rank, s, fields, size):
+    """See kernels.slots.kept."""
+    narrow = {s[f].dtype: s[f] for f in fields if s[f].ndim == 3 and f != "pos"}
+    if size < s["pos"].shape[2]:
+        keep_op(rank, s["k"], s["v"], s["pos"], narrow.get(torch.int32), narrow.get(torch.float32), size)
+    return s

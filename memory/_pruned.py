@@ -27,7 +27,7 @@ class Pruned(Memory):
     def __init__(self, c, o):
         super().__init__(c, o)
         self.size, self.renumbers = o.budget, o.kv_positions == "reindex"
-        self.unturned = self.renumbers
+        self.unturned = self.ordered = self.renumbers
 
     def attend(self, attn, q, seg, s):
         y, s = super().attend(attn, q, seg, s)

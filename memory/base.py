@@ -12,6 +12,7 @@ Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
 
 import ops
 from kernels import Places, attend
+from kernels.slots import kept
 from ops import Module
 
 
@@ -21,6 +22,7 @@ class Memory(Module):
     size = None  # slots that survive a close; None: all of them
     always = 0  # that many leading slots are exempt from the attention pattern,
     opening = 0  # and so are the first so many tokens of each document
+    ordered = False  # must what stays be in order of position, in a static graph too?
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds
     beside = {}  # what write() gives to some of them, beside pack(): field -> "at", where the token stands, or a float32 for each key head
@@ -113,13 +115,11 @@ class Memory(Module):
         return self.make_room(s)
 
     def forget(self, attn, seg, s):
-        """The best `size` slots, in order of position, empty ones last."""
+        """The best `size` slots first."""
         size = min(self.size, s["pos"].shape[2])
-        keep = ops.top(ops.where(s["pos"] < 0, -1e30, self.rank(attn, seg, s)), size)
-        at = ops.take(s["pos"], keep)
-        keep = ops.sort_by(ops.where(at < 0, 2**30, at), keep)
+        rank = ops.where(s["pos"] < 0, -1e30, self.rank(attn, seg, s))
         n = size if isinstance(s["n"], int) else ops.minimum(s["n"], size)
-        return {**s, **{f: ops.take(s[f], keep) for f in self.fields if f in s}, "n": n, "first": None}
+        return {**kept(rank, s, [f for f in self.fields if f in s], size, self.ordered), "n": n, "first": None}
 
     def still(self, s):
         """The same state for a static graph: every slot allocated, and counters that the graph can hold."""

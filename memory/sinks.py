@@ -43,14 +43,12 @@ class Memory(Base):
         pos, born, rest = s["pos"][:, :, :n], s["born"][:, :, :n], s["pos"][:, :, n:]
         oldest = -ops.amax(ops.where(rest < 0, -(2**30), -rest), 2)
         at = ops.where((pos >= 0) & (oldest < 2**30), oldest - n + ops.arange(n, pos), pos)
-        s = {**s, "pos": ops.cat([at, rest], 2)}
-        if self.late(seg):
-            return s
-        s = self.with_sinks(s)
-        # the same sinks as before keep the key that they were born with
-        plain = ops.where((born == s["sink_born"])[..., None], s["sink"], seg.keys(s["k"][:, :, :n], -pos))
-        k = ops.cat([seg.keys(plain, at), s["k"][:, :, n:]], 2)
-        return {**s, "k": k, "sink": plain, "sink_born": born}
+        if not self.late(seg):
+            s = self.with_sinks(s)
+            # the same sinks as before keep the key that they were born with
+            plain = ops.where((born == s["sink_born"])[..., None], s["sink"], seg.keys(s["k"][:, :, :n], -pos))
+            s = {**s, "k": ops.put(s["k"], seg.keys(plain, at), 0), "sink": plain, "sink_born": born + 0}
+        return {**s, "pos": ops.put(s["pos"], at, 0)}
 
     def with_sinks(self, s):
         """`sink` [B, K, sinks, D], the unturned keys of the sinks, and `sink_born` [B, 1, sinks]; -2: not known yet."""

@@ -223,19 +223,22 @@ def counted(monkeypatch):
 
 
 @triton
-@pytest.mark.skipif(not INTERPRETED, reason="compares float32 logits")
-@pytest.mark.parametrize("spec", WHOLE, ids=lambda s: "-".join(map(named, s[:3])))
+@pytest.mark.parametrize("spec", WHOLE if INTERPRETED else WHOLE[:3], ids=lambda s: "-".join(map(named, s[:3])))
 def test_the_step_writes_what_the_plain_one_writes(spec, counted):
     *spec, whole = spec
     want = write(False, spec)
     assert counted == {"token": 0, "product": 0}
     assert apart(write(True, spec), want) < 1e-4
     # 11 tokens, 2 layers: four products each and the head, or two and the head
-    assert counted == ({"token": 22, "product": 11 * 9} if whole else {"token": 0, "product": 11 * 5})
+    if INTERPRETED:
+        assert counted == ({"token": 22, "product": 11 * 9} if whole else {"token": 0, "product": 11 * 5})
+    else:
+        # called while the graphs are made
+        assert counted["token"] > 0
 
 
 @triton
-@pytest.mark.skipif(not INTERPRETED, reason="compares float32 logits")
+@pytest.mark.skipif(not INTERPRETED, reason="a graph would count each kernel three times")
 def test_what_the_kernels_do_not_do_is_left_to_the_model(counted, monkeypatch):
     biased = {"attention_bias": True, "mlp_bias": True}
     assert apart(write(True, ("full", "rope", "sinks:budget=12"), **biased), write(False, ("full", "rope", "sinks:budget=12"), **biased)) < 1e-4
