@@ -525,7 +525,7 @@ class _Steps:
 
     def __call__(self, token, flag=False):
         assert flag in self.flags, "this step was not asked for"
-        y, self.state = self.step(mx.array([[token]]), self.state, flag)
+        y, self.state = self.step(mx.array(token, dtype=int32).reshape(1, 1), self.state, flag)
         mx.async_eval(y, self.state)
         return y
 

@@ -551,7 +551,7 @@ class _Steps:
     @torch.no_grad()
     def __call__(self, token, flag=False):
         assert flag in self.flags, "this step was not asked for"
-        y, self.state = self.step(torch.tensor([[token]], device=device()), self.state, flag)
+        y, self.state = self.step(torch.as_tensor(token, device=device()).reshape(1, 1), self.state, flag)
         return y
 
 

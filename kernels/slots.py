@@ -4,7 +4,7 @@ Plainly on every backend; on CUDA in a kernel that reads each slot once, the slo
 """
 
 import ops
-from kernels import TRITON, Places, attend
+from kernels import ENGINE, TRITON, Places, attend
 from kernels.dense import weights
 from kernels.rotate import plain as turned
 
@@ -43,7 +43,7 @@ def kept(rank, s, fields, size, ordered=True):
     """The state s with the `size` slots of highest rank [B, 1 or K, N] alone, no more being there: all its fields, arrays [B, 1 or K, N, ...].
     In order of position, empty ones last; where that is not asked for they may stay where they are, others in the place of those that go,
     and what room there was behind them stays, empty."""
-    if not ordered and not isinstance(s["n"], int) and keeps(s, fields):
+    if not ordered and not isinstance(s["n"], int) and ENGINE in ("auto", "triton") and keeps(s, fields):
         return keep(rank, s, fields, size)
     best = ops.top(rank, size)
     at = ops.take(s["pos"], best)

@@ -217,12 +217,12 @@ def token(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, b
 
 
 @triton.jit
-def stay_kernel(RANK, STAYS, N, size, BLOCK: tl.constexpr):
+def stay_kernel(RANK, STAYS, N, size, FEW: tl.constexpr, BLOCK: tl.constexpr):
     """Is each slot of a head one of the `size` of highest rank? Of equal ones the first are."""
     h = tl.program_id(1)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0) * FEW + tl.arange(0, FEW)
     mine = tl.load(RANK + h * N + i, mask=i < N, other=0.0)[:, None]
-    better = tl.zeros([BLOCK], tl.int32)
+    better = tl.zeros([FEW], tl.int32)
     for a in range(0, N, BLOCK):
         j = a + tl.arange(0, BLOCK)
         other = tl.load(RANK + h * N + j, mask=j < N, other=-float("inf"))[None, :]
@@ -272,8 +272,12 @@ def fill_kernel(
 def keeps(s, fields):
     """Can the kernels do it? A static state of keys and values, and beside positions a number for each slot or two."""
     wide, narrow = [f for f in fields if s[f].ndim == 4], [f for f in fields if s[f].ndim == 3 and f != "pos"]
-    known = all(f in s for f in ("k", "v", "pos")) and wide == ["k", "v"] and all(s[f].dtype in (torch.int32, torch.float32) for f in narrow)
-    alike = known and len({s[f].dtype for f in narrow}) == len(narrow) and all(s[f].shape[1] == 1 for f in narrow if s[f].dtype == torch.int32)
+    known = (
+        all(f in s for f in ("k", "v", "pos")) and wide == ["k", "v"] and all(s[f].dtype in (torch.int32, torch.float32) for f in narrow)
+    )
+    alike = (
+        known and len({s[f].dtype for f in narrow}) == len(narrow) and all(s[f].shape[1] == 1 for f in narrow if s[f].dtype == torch.int32)
+    )
     return alike and not torch.is_grad_enabled() and s["pos"].shape[2] <= MOST and (ops.tracing() or can(s, s["k"].shape[1]))
 
 
@@ -284,7 +288,7 @@ MOST = 1 << 14  # slots that are compared each with each
 def keep_op(rank: Tensor, k: Tensor, v: Tensor, pos: Tensor, born: Maybe, mass: Maybe, size: int) -> None:
     (_, K, N, D), heads = k.shape, rank.shape[1]
     stays = torch.empty(heads, N, device=k.device, dtype=torch.int32)
-    stay_kernel[(triton.cdiv(N, 64), heads)](rank.contiguous(), stays, N, size, 64)
+    stay_kernel[(triton.cdiv(N, 4), heads)](rank.contiguous(), stays, N, size, 4, 1024)
     front, back = triton.next_power_of_2(size), triton.next_power_of_2(N - size)
     shape = heads, D, triton.next_power_of_2(D), front, back, pos.shape[1]
     fill_kernel[(N - size, K)](stays, k, v, pos, born, mass, N, size, *shape)

@@ -77,7 +77,11 @@ def head(model, x):
 
 def headed(model, x):
     last = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    return type(model) is Llama and normed(model.model.norm) and bare(last, x, ops.Embedding if model.config.tie_word_embeddings else ops.Linear)
+    return (
+        type(model) is Llama
+        and normed(model.model.norm)
+        and bare(last, x, ops.Embedding if model.config.tie_word_embeddings else ops.Linear)
+    )
 
 
 def stacked(mlp, norm, x):
@@ -102,7 +106,14 @@ def plain(block, x, seg, s):
     if type(attn) is not Attention or not linears or not normed(block.input_layernorm):
         return False
     turns = isinstance(position, Rotary) and all(owner(position, f) in Rotary.__mro__ for f in ("queries", "keys", "turned"))
-    if not turns or memory.late(seg) or seg.bias is not None or len(seg.turn) != 2 or len(seg.turn[0].shape) != 4 or seg.turn[0].shape[1] != 1:
+    if (
+        not turns
+        or memory.late(seg)
+        or seg.bias is not None
+        or len(seg.turn) != 2
+        or len(seg.turn[0].shape) != 4
+        or seg.turn[0].shape[1] != 1
+    ):
         return False
     if any(owner(memory, f) is not Memory for f in ("write", "pack", "put", "unpack", "seen", "used", "how", "late")):
         return False
@@ -118,7 +129,12 @@ def noted(memory, s):
     born = [f for f, what in memory.beside.items() if what == "at"]
     rest = [f for f, what in memory.beside.items() if what != "at" and (f != memory.tally or what != 0.0)]
     window = getattr(memory, "window", 0)
-    if len(born) > 1 or rest or (memory.tally and memory.tally not in memory.beside) or (window and owner(memory, "remember") is not Pruned):
+    if (
+        len(born) > 1
+        or rest
+        or (memory.tally and memory.tally not in memory.beside)
+        or (window and owner(memory, "remember") is not Pruned)
+    ):
         return None
     return {"born": born[0] if born else None, "mass": memory.tally, "recent": window}
 

@@ -146,7 +146,9 @@ def test_one_token_under_every_rule(rule):
 @triton
 def test_a_token_that_sees_nothing_gives_zeros(monkeypatch):
     # far from all slots, and its own is behind no rule: a window of nothing
-    none = plugins.Plugin("none", type("m", (), {"allowed": staticmethod(nothing), "__name__": "attention.none"}), plugins.parse("attention", "full").options)
+    none = plugins.Plugin(
+        "none", type("m", (), {"allowed": staticmethod(nothing), "__name__": "attention.none"}), plugins.parse("attention", "full").options
+    )
     y, _ = token(lambda row, turn, at, s, rule, begin: slots.token(row, turn, at, s, none, begin))
     assert (ops.numpy(y) == 0).all()
 
@@ -176,6 +178,53 @@ def test_one_plain_token_is_attention_over_slots():
     assert ops.numpy(s["pos"])[0, :, 7].tolist() == [12, 12] and ops.numpy(s["born"])[0, 0, 7] == 12
     np.testing.assert_allclose(ops.numpy(s["q"])[0, :, 12 % 4], row[:4])
     assert ops.numpy(s["q_at"])[0, 0].tolist() == [12, -1, -1, -1]
+
+
+# ---------------------------------------------------------------- what stays when a segment closes
+
+KEPT = {
+    "heads apart": (2, 2, 40, 30, "mass"),
+    "heads together": (2, 1, 33, 32, "born"),
+    "few": (1, 1, 150, 7, "mass"),
+    "all": (1, 1, 20, 20, "born"),
+}
+
+
+def numbered(K, heads, N, note):
+    """A static state whose every entry says at which position it stands, some slots empty, and a rank with many equal numbers."""
+    r = np.random.default_rng(N)
+    pos = np.stack([r.permutation(2 * N)[:N] for _ in range(heads)])[None]
+    pos = np.where(r.random(pos.shape) < 0.2, -1, pos).astype("int32")
+    wide = np.broadcast_to(pos, (1, K, N)).astype("float32")
+    s = {"k": np.repeat(wide[..., None], 12, 3), "v": np.repeat(2 * wide[..., None], 12, 3), "pos": pos}
+    s[note] = 3 * wide if note == "mass" else 3 * pos
+    rank = np.where(pos < 0, -1e30, r.integers(0, 9, pos.shape)).astype("float32")
+    return ops.array(rank), {**{f: ops.array(x.copy()) for f, x in s.items()}, "n": ops.scalar(N)}
+
+
+@pytest.mark.parametrize("ordered", [True, pytest.param(False, marks=triton)])
+@pytest.mark.parametrize("case", KEPT.values(), ids=list(KEPT))
+def test_the_best_slots_stay(case, ordered):
+    K, heads, N, size, note = case
+    rank, s = numbered(K, heads, N, note)
+    wanted = [sorted(zip(-r, range(N), p))[:size] for r, p in zip(ops.numpy(rank)[0], ops.numpy(s["pos"])[0])]
+    before = {f: x for f, x in s.items() if f != "n"}
+    kept = {f: ops.numpy(x) for f, x in slots.kept(rank, s, list(before), size, ordered).items() if f != "n"}
+    pos = kept["pos"]
+    assert pos.shape[2] == (size if ordered else N) and (pos[:, :, size:] == -1).all()
+    for h in range(heads):
+        # which of equal ones stay is open, how good they are is not
+        assert sorted(pos[0, h, :size][pos[0, h, :size] >= 0]) == sorted(p for *_, p in wanted[h] if p >= 0) or ordered
+        if ordered:
+            live = pos[0, h][pos[0, h] >= 0]
+            assert (np.diff(live) > 0).all() and (pos[0, h, len(live) :] == -1).all()
+    live = np.broadcast_to(pos, (1, K, pos.shape[2])) >= 0
+    place = np.broadcast_to(pos, live.shape)[live]
+    assert (kept["k"][live] == place[:, None]).all() and (kept["v"][live] == 2 * place[:, None]).all()
+    noted = np.broadcast_to(kept[note], live.shape)
+    assert (noted[live] == 3 * place).all()
+    if not ordered and note == "mass":
+        assert (noted[:, :, size:] == 0).all()
 
 
 # ---------------------------------------------------------------- the whole step
@@ -241,7 +290,10 @@ def test_the_step_writes_what_the_plain_one_writes(spec, counted):
 @pytest.mark.skipif(not INTERPRETED, reason="a graph would count each kernel three times")
 def test_what_the_kernels_do_not_do_is_left_to_the_model(counted, monkeypatch):
     biased = {"attention_bias": True, "mlp_bias": True}
-    assert apart(write(True, ("full", "rope", "sinks:budget=12"), **biased), write(False, ("full", "rope", "sinks:budget=12"), **biased)) < 1e-4
+    assert (
+        apart(write(True, ("full", "rope", "sinks:budget=12"), **biased), write(False, ("full", "rope", "sinks:budget=12"), **biased))
+        < 1e-4
+    )
     assert counted == {"token": 0, "product": 11}, "a head has no bias"
     monkeypatch.setattr(step, "ENGINE", "stock")
     write(True, ("full", "rope", "full"))
@@ -265,5 +317,3 @@ def test_a_remembered_query_finds_its_place():
         assert sorted(at.tolist()) == list(range(i - 4, i)) and (at % 4 == np.arange(4)).all()
         _, state = model(tokens[:, :2], model.moving(run.state))
         assert sorted(ops.numpy(state["layers"][0]["q_at"])[0, 0].tolist()) == list(range(i - 2, i + 2))
-
-
