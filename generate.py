@@ -172,8 +172,9 @@ def generate(session, tokenizer, tokens, n, sampler, stops=(), show=lambda text:
 
     while True:
         # the next step is under way while the host looks at the token: if the text ends with it, it has been read all the same
+        known = session.ops.later(drawn)
         logits = session.step(drawn) if wrote + 1 < n else None
-        token = int(drawn)
+        token = known()
         if logits is not None:
             session.tokens[-1] = token
         if token in tokenizer.eos_ids:

@@ -503,6 +503,12 @@ def host(n):
     return n.item()
 
 
+def later(x):
+    """A function that gives the one number in x. It waits for what was asked for until now, and not for what is asked for afterwards."""
+    mx.async_eval(x)
+    return x.item
+
+
 def advance(n, by):
     """A counter moved on."""
     return n + by

@@ -185,10 +185,11 @@ def whole(model, args, read=None, slots_=None, write=256, plain=False):
 def loop(session, sampler, token, n):
     """n steps as generate() makes them: the next is under way before the host looks at the token."""
     for _ in range(n):
+        known = session.ops.later(token)
         logits = session.step(token)
-        int(token)
+        known()
         token = sampler.draw(logits, session.tokens)
-    int(token)
+    session.ops.wait(token)
     return token
 
 

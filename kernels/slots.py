@@ -51,7 +51,15 @@ def kept(rank, s, fields, size, ordered=True):
     return {**s, **{f: ops.take(s[f], best) for f in fields}}
 
 
+def order(key):
+    """Indices in rising order of key [.., .., n], along its last axis; of equal ones the first are first."""
+    if ENGINE in ("auto", "triton") and orders(key):
+        return sort(key)
+    return ops.sort_by(key, ops.expand(ops.arange(key.shape[-1], key)[None, None], key.shape))
+
+
 if TRITON:
-    from kernels.slots_triton import can, keep, keeps, token
+    from kernels.slots_triton import can, keep, keeps, orders, token
+    from kernels.slots_triton import order as sort
 else:
-    token, can, keeps = plain, lambda s, heads: False, lambda s, fields: False
+    token, can, keeps, orders = plain, lambda s, heads: False, lambda s, fields: False, lambda key: False

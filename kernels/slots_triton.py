@@ -209,7 +209,7 @@ def token(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, b
     )  # fmt: skip
     if mass:
         pdl = early(row.device)
-        mass_kernel[(triton.cdiv(N, 1024), K)](score, lse, s[mass], n, N, G, 1024, pdl, **({"launch_pdl": True} if pdl else {}))
+        mass_kernel[(triton.cdiv(N, 256), K)](score, lse, s[mass], n, N, G, 256, pdl, **({"launch_pdl": True} if pdl else {}))
     return y, s
 
 
@@ -217,18 +217,23 @@ def token(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, b
 
 
 @triton.jit
-def stay_kernel(RANK, STAYS, N, size, FEW: tl.constexpr, BLOCK: tl.constexpr):
-    """Is each slot of a head one of the `size` of highest rank? Of equal ones the first are."""
+def place_kernel(KEY, PLACE, ORDER, N, FALLING: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each entry of a row its place in rising or falling order, equal ones in the order in which they stand; or which entry has a place.
+    Each is compared with each, which is faster than sorting as long as a row is short."""
     h = tl.program_id(1)
     i = tl.program_id(0) * FEW + tl.arange(0, FEW)
-    mine = tl.load(RANK + h * N + i, mask=i < N, other=0.0)[:, None]
-    better = tl.zeros([FEW], tl.int32)
+    mine = tl.load(KEY + h * N + i, mask=i < N, other=0)[:, None]
+    place = tl.zeros([FEW], tl.int32)
     for a in range(0, N, BLOCK):
         j = a + tl.arange(0, BLOCK)
-        other = tl.load(RANK + h * N + j, mask=j < N, other=-float("inf"))[None, :]
-        before = (other > mine) | ((other == mine) & (j[None, :] < i[:, None]))
-        better += tl.sum(before.to(tl.int32), 1)
-    tl.store(STAYS + h * N + i, (better < size).to(tl.int32), mask=i < N)
+        other = tl.load(KEY + h * N + j, mask=j < N, other=0)[None, :]
+        better = other > mine if FALLING else other < mine
+        before = better | ((other == mine) & (j[None, :] < i[:, None]))
+        place += tl.sum((before & (j < N)[None, :]).to(tl.int32), 1)
+    if ORDER is not None:
+        tl.store(ORDER + h * N + place, i, mask=i < N)
+    else:
+        tl.store(PLACE + h * N + i, place, mask=i < N)
 
 
 @triton.jit
@@ -244,18 +249,18 @@ def move(X, h, source, to, moves, blank, N, HEADS: tl.constexpr):
 
 @triton.jit
 def fill_kernel(
-    STAYS, K, V, POS, BORN, MASS, N, size,
+    PLACE, K, V, POS, BORN, MASS, N, size,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr, POS_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Slot size + i of key head h: if it stays it moves to the place of a slot before `size` that goes, the m-th to the m-th."""
     i = tl.program_id(0)
     h = tl.program_id(1)
-    STAYS += (h % HEADS) * N
+    PLACE += (h % HEADS) * N
     back = tl.arange(0, BACK)
-    moves = tl.load(STAYS + size + i)
-    m = tl.sum(tl.load(STAYS + size + back, mask=back < i, other=0))
+    moves = (tl.load(PLACE + size + i) < size).to(tl.int32)
+    m = tl.sum((tl.load(PLACE + size + back, mask=back < i, other=size) < size).to(tl.int32))
     front = tl.arange(0, FRONT)
-    goes = 1 - tl.load(STAYS + front, mask=front < size, other=1)
+    goes = (tl.load(PLACE + front, mask=front < size, other=0) >= size).to(tl.int32)
     # so many slots are not behind the m-th that goes
     to = tl.sum(((tl.cumsum(goes, 0) <= m) & (front < size)).to(tl.int32))
     source = size + i
@@ -287,11 +292,11 @@ MOST = 1 << 14  # slots that are compared each with each
 @torch.library.custom_op("nanolong::keep", mutates_args=("k", "v", "pos", "born", "mass"))
 def keep_op(rank: Tensor, k: Tensor, v: Tensor, pos: Tensor, born: Maybe, mass: Maybe, size: int) -> None:
     (_, K, N, D), heads = k.shape, rank.shape[1]
-    stays = torch.empty(heads, N, device=k.device, dtype=torch.int32)
-    stay_kernel[(triton.cdiv(N, 4), heads)](rank.contiguous(), stays, N, size, 4, 1024)
+    place = torch.empty(heads, N, device=k.device, dtype=torch.int32)
+    place_kernel[(triton.cdiv(N, 4), heads)](rank.contiguous(), place, None, N, True, 4, 1024)
     front, back = triton.next_power_of_2(size), triton.next_power_of_2(N - size)
     shape = heads, D, triton.next_power_of_2(D), front, back, pos.shape[1]
-    fill_kernel[(N - size, K)](stays, k, v, pos, born, mass, N, size, *shape)
+    fill_kernel[(N - size, K)](place, k, v, pos, born, mass, N, size, *shape)
 
 
 @keep_op.register_fake
@@ -305,3 +310,26 @@ def keep(rank, s, fields, size):
     if size < s["pos"].shape[2]:
         keep_op(rank, s["k"], s["v"], s["pos"], narrow.get(torch.int32), narrow.get(torch.float32), size)
     return s
+
+
+@torch.library.custom_op("nanolong::order", mutates_args=())
+def order_op(key: Tensor) -> Tensor:
+    out = torch.empty(key.shape, device=key.device, dtype=torch.int32)
+    N = key.shape[-1]
+    place_kernel[(triton.cdiv(N, 4), key.numel() // N)](key.contiguous(), None, out, N, False, 4, 1024)
+    return out
+
+
+@order_op.register_fake
+def _(key):
+    return torch.empty_like(key, dtype=torch.int32)
+
+
+def order(key):
+    """See kernels.slots.order."""
+    return order_op(key)
+
+
+def orders(key):
+    """Can the kernel do it, and is it the faster way?"""
+    return (key.is_cuda or INTERPRETED) and key.shape[-1] <= MOST and not torch.is_grad_enabled()
