@@ -1,7 +1,7 @@
 """product(): matrices times one row, plainly on every backend, on CUDA by a kernel that streams the weights as fast as memory gives them.
 
-A norm before the product is in it: w norm(x) = (w (x * gain)) / sqrt(mean(x^2) + eps), so x is read once, and the number that the norm divides
-by is known when the sums are. So are the gate after it, silu(gate) * up, and the residual.
+A norm before the product is in it: w norm(x) = (w (x * gain)) / sqrt(mean(x^2) + eps), so that x is read once, and what the norm divides by
+is known when the sums are. So are the gate after it, silu(gate) * up, and the residual.
 """
 
 import ops

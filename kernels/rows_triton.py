@@ -86,7 +86,7 @@ def product_kernel(
 def tile(rows, C):
     """Rows and columns of a block, and warps: measured on an H100 with 16-bit weights. rows: those of each matrix."""
     wide = min(2048, triton.next_power_of_2(C))
-    n, wide, warps = (8, min(wide, 1024), 4) if len(rows) == 3 else (2, wide, 4) if C > 2 * rows[0] else (4, wide, 8)
+    n, wide, warps = (8, min(wide, 1024), 4) if len(rows) == 3 else (2, wide, 4) if 2 * rows[0] < C else (4, wide, 8)
     while any(r % n for r in rows):
         n //= 2
     return n, wide, warps

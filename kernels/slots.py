@@ -40,9 +40,11 @@ def plain(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, b
 
 
 def kept(rank, s, fields, size, ordered=True):
-    """The state s with the `size` slots of highest rank [B, 1 or K, N] alone, no more being there: all its fields, arrays [B, 1 or K, N, ...].
-    In order of position, empty ones last; where that is not asked for they may stay where they are, others in the place of those that go,
-    and what room there was behind them stays, empty."""
+    """The state s with the `size` slots of highest rank [B, 1 or K, N] in its fields, arrays [B, 1 or K, N, ...], and no others.
+
+    They stand in order of position, empty ones last. Where that is not asked for, those among the first `size` slots may stay where they
+    are, others take the place of what goes, and the room behind them stays, empty: what is written in place need not move.
+    """
     if not ordered and not isinstance(s["n"], int) and ENGINE in ("auto", "triton") and keeps(s, fields):
         return keep(rank, s, fields, size)
     best = ops.top(rank, size)

@@ -1,8 +1,9 @@
 """token() in Triton: the slots of each key head are shared out over S programs, and the last of them to finish adds the shares up.
+Behind it: which slots stay when a segment closes, and how they move.
 
 Symbols: K key heads, G query heads to each (GR: the power of two that holds them, GP: at least the 16 rows of a product), N slots, D head
-width (DP: likewise a power of two), S shares. Scores are in base 2 and -1e30 where nothing may be seen, as in triton_.py. All query heads of a key head are the rows of one product, so that keys
-and values are read once.
+width (DP: likewise a power of two), S shares. Scores are in base 2, and -1e30 where nothing may be seen, as in triton_.py. All query heads
+of a key head are the rows of one product, so that keys and values are read once.
 """
 
 import functools
@@ -15,8 +16,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 import ops
 from kernels.inline import compiled
-from kernels.spans import behaviours
 from kernels.rows_triton import early
+from kernels.spans import behaviours
 from kernels.triton_ import INTERPRETED, MASKED, Maybe, layer_of, seen
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -217,19 +218,19 @@ def token(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, b
 
 
 @triton.jit
-def place_kernel(KEY, PLACE, ORDER, N, FALLING: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr):
+def place_kernel(KEY, PLACE, ORDER, N, FALLING: tl.constexpr, LAST: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr):
     """Of each entry of a row its place in rising or falling order, equal ones in the order in which they stand; or which entry has a place.
-    Each is compared with each, which is faster than sorting as long as a row is short."""
+    Each is compared with each, which is faster than sorting as long as a row is short. LAST: a key behind all others."""
     h = tl.program_id(1)
     i = tl.program_id(0) * FEW + tl.arange(0, FEW)
     mine = tl.load(KEY + h * N + i, mask=i < N, other=0)[:, None]
     place = tl.zeros([FEW], tl.int32)
     for a in range(0, N, BLOCK):
         j = a + tl.arange(0, BLOCK)
-        other = tl.load(KEY + h * N + j, mask=j < N, other=0)[None, :]
+        other = tl.load(KEY + h * N + j, mask=j < N, other=LAST)[None, :]
         better = other > mine if FALLING else other < mine
         before = better | ((other == mine) & (j[None, :] < i[:, None]))
-        place += tl.sum((before & (j < N)[None, :]).to(tl.int32), 1)
+        place += tl.sum(before.to(tl.int32), 1)
     if ORDER is not None:
         tl.store(ORDER + h * N + place, i, mask=i < N)
     else:
@@ -275,15 +276,13 @@ def fill_kernel(
 
 
 def keeps(s, fields):
-    """Can the kernels do it? A static state of keys and values, and beside positions a number for each slot or two."""
-    wide, narrow = [f for f in fields if s[f].ndim == 4], [f for f in fields if s[f].ndim == 3 and f != "pos"]
-    known = (
-        all(f in s for f in ("k", "v", "pos")) and wide == ["k", "v"] and all(s[f].dtype in (torch.int32, torch.float32) for f in narrow)
-    )
-    alike = (
-        known and len({s[f].dtype for f in narrow}) == len(narrow) and all(s[f].shape[1] == 1 for f in narrow if s[f].dtype == torch.int32)
-    )
-    return alike and not torch.is_grad_enabled() and s["pos"].shape[2] <= MOST and (ops.tracing() or can(s, s["k"].shape[1]))
+    """Can the kernels do it? A static state of keys and values, and beside positions no more than fill_kernel moves."""
+    narrow = [s[f] for f in fields if s[f].ndim == 3 and f != "pos"]
+    if [f for f in fields if s[f].ndim == 4] != ["k", "v"] or s["pos"].shape[2] > MOST or torch.is_grad_enabled():
+        return False
+    born, mass = ([x for x in narrow if x.dtype == t] for t in (torch.int32, torch.float32))
+    known = len(born) + len(mass) == len(narrow) and len(born) < 2 and len(mass) < 2 and all(x.shape[1] == 1 for x in born)
+    return known and (ops.tracing() or can(s, s["k"].shape[1]))
 
 
 MOST = 1 << 14  # slots that are compared each with each
@@ -293,7 +292,7 @@ MOST = 1 << 14  # slots that are compared each with each
 def keep_op(rank: Tensor, k: Tensor, v: Tensor, pos: Tensor, born: Maybe, mass: Maybe, size: int) -> None:
     (_, K, N, D), heads = k.shape, rank.shape[1]
     place = torch.empty(heads, N, device=k.device, dtype=torch.int32)
-    place_kernel[(triton.cdiv(N, 4), heads)](rank.contiguous(), place, None, N, True, 4, 1024)
+    place_kernel[(triton.cdiv(N, 4), heads)](rank.contiguous(), place, None, N, True, -float("inf"), 4, 1024)
     front, back = triton.next_power_of_2(size), triton.next_power_of_2(N - size)
     shape = heads, D, triton.next_power_of_2(D), front, back, pos.shape[1]
     fill_kernel[(N - size, K)](place, k, v, pos, born, mass, N, size, *shape)
@@ -316,7 +315,8 @@ def keep(rank, s, fields, size):
 def order_op(key: Tensor) -> Tensor:
     out = torch.empty(key.shape, device=key.device, dtype=torch.int32)
     N = key.shape[-1]
-    place_kernel[(triton.cdiv(N, 4), key.numel() // N)](key.contiguous(), None, out, N, False, 4, 1024)
+    last = float("inf") if key.is_floating_point() else 2**31 - 1
+    place_kernel[(triton.cdiv(N, 4), key.numel() // N)](key.contiguous(), None, out, N, False, last, 4, 1024)
     return out
 
 

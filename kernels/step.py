@@ -1,5 +1,5 @@
-"""Block.forward for one token of one text, as five kernels: keys, values and queries; attention and what is remembered; the output; gate and up;
-down. What it leaves out, copies and small kernels between products, is a third of the time of a step that reads few slots.
+"""Block.forward for one token of one text, as five kernels: queries, keys and values; attention and what is remembered; the output; gate
+and up; down.
 
 This stands above model.py, whose classes it knows, and is chosen in generate.py alone. A block whose parts are not those that are written
 anew here runs as it is written, compiled: `plain` says which. NANOLONG_KERNEL other than auto and triton switches all of it off.
@@ -53,7 +53,7 @@ def attention(block, x, seg, s, compiled):
     attn, norm, memory = block.self_attn, block.input_layernorm, block.self_attn.memory
     row = rows.product(x, [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight], norm.weight, norm.eps)
     how = {k: a for k, a in memory.how(seg).items() if k != "bias"}
-    y, s = slots.token(row, seg.turn, seg.at.at, s, attn.rule, seg.begin, **how, **noted(memory, s))
+    y, s = slots.token(row, seg.turn, seg.at.at, s, attn.rule, seg.begin, **how, **noted(memory))
     if seg.close:
         s = compiled(memory.close, attn, seg, s)
     return rows.product(y, [attn.o_proj.weight], residual=x), {**s, "first": None}
@@ -68,20 +68,21 @@ def mlp(block, x):
 
 def head(model, x):
     """Llama.head."""
-    norm, last = model.model.norm, model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    return rows.product(x.reshape(-1), [last.weight], norm.weight, norm.eps, dtype=ops.float32).reshape(1, 1, -1)
+    norm, (matrix, _) = model.model.norm, last(model)
+    return rows.product(x.reshape(-1), [matrix.weight], norm.weight, norm.eps, dtype=ops.float32).reshape(1, 1, -1)
 
 
 # ---------------------------------------------------------------- what may be written anew
 
 
+def last(model):
+    """The matrix at the end, and what it should be."""
+    return (model.model.embed_tokens, ops.Embedding) if model.config.tie_word_embeddings else (model.lm_head, ops.Linear)
+
+
 def headed(model, x):
-    last = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    return (
-        type(model) is Llama
-        and normed(model.model.norm)
-        and bare(last, x, ops.Embedding if model.config.tie_word_embeddings else ops.Linear)
-    )
+    matrix, kind = last(model)
+    return type(model) is Llama and normed(model.model.norm) and bare(matrix, x, kind)
 
 
 def stacked(mlp, norm, x):
@@ -101,19 +102,9 @@ def normed(norm):
 def plain(block, x, seg, s):
     """Is this Attention.forward over slots that a memory keeps as memory/base.py does: keys turned when they are written, one text, and
     beside attention nothing but what `noted` tells?"""
-    attn, memory, position = block.self_attn, block.self_attn.memory, seg.position
+    attn, memory = block.self_attn, block.self_attn.memory
     linears = all(bare(m, x) for m in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
-    if type(attn) is not Attention or not linears or not normed(block.input_layernorm):
-        return False
-    turns = isinstance(position, Rotary) and all(owner(position, f) in Rotary.__mro__ for f in ("queries", "keys", "turned"))
-    if (
-        not turns
-        or memory.late(seg)
-        or seg.bias is not None
-        or len(seg.turn) != 2
-        or len(seg.turn[0].shape) != 4
-        or seg.turn[0].shape[1] != 1
-    ):
+    if type(attn) is not Attention or not linears or not normed(block.input_layernorm) or not turns(seg) or memory.late(seg):
         return False
     if any(owner(memory, f) is not Memory for f in ("write", "pack", "put", "unpack", "seen", "used", "how", "late")):
         return False
@@ -121,20 +112,23 @@ def plain(block, x, seg, s):
         # where the documents of remembered queries begin is not noted
         return False
     attends = owner(memory, "attend")
-    return (attends in (Memory, Pruned) or "tally" in vars(attends)) and noted(memory, s) is not None and slots.can(s, attn.H)
+    return (attends in (Memory, Pruned) or "tally" in vars(attends)) and noted(memory) is not None and slots.can(s, attn.H)
 
 
-def noted(memory, s):
+def turns(seg):
+    """Are queries and keys turned by cos and sin alike in all heads, and is nothing added to the logits?"""
+    position, turn = seg.position, seg.turn
+    if not isinstance(position, Rotary) or any(owner(position, f) not in Rotary.__mro__ for f in ("queries", "keys", "turned")):
+        return False
+    return seg.bias is None and len(turn) == 2 and len(turn[0].shape) == 4 and turn[0].shape[1] == 1
+
+
+def noted(memory):
     """What is noted of the token, as slots.token() takes it; None: something that it does not."""
     born = [f for f, what in memory.beside.items() if what == "at"]
-    rest = [f for f, what in memory.beside.items() if what != "at" and (f != memory.tally or what != 0.0)]
+    rest = {f: what for f, what in memory.beside.items() if what != "at"}
     window = getattr(memory, "window", 0)
-    if (
-        len(born) > 1
-        or rest
-        or (memory.tally and memory.tally not in memory.beside)
-        or (window and owner(memory, "remember") is not Pruned)
-    ):
+    if len(born) > 1 or rest != ({memory.tally: 0.0} if memory.tally else {}) or (window and owner(memory, "remember") is not Pruned):
         return None
     return {"born": born[0] if born else None, "mass": memory.tally, "recent": window}
 

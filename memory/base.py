@@ -10,6 +10,8 @@ A layer's state is a dict that is passed in and handed back:
 Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
 """
 
+from types import MappingProxyType
+
 import ops
 from kernels import Places, attend
 from kernels.slots import kept
@@ -25,7 +27,7 @@ class Memory(Module):
     ordered = False  # must what stays be in order of position, in a static graph too?
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds
-    beside = {}  # what write() gives to some of them, beside pack(): field -> "at", where the token stands, or a float32 for each key head
+    beside = MappingProxyType({})  # what write() gives them beside pack(): field -> "at", where the token stands, or a float32
     tally = None  # the field to which attend() adds the weights that a slot gets, if it does that and no more beside attention
     cuts = False  # does closing stop the gradient?
     whole_rows = False  # does training need a whole row at once?

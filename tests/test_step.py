@@ -1,4 +1,4 @@
-"""The one-token step: its plain pieces against the model on every backend, its kernels against the plain pieces (on a GPU, or interpreted)."""
+"""The one-token step: its plain pieces against the model on every backend, its kernels (on a GPU, or interpreted) against these."""
 
 import os
 
@@ -114,8 +114,8 @@ CASES = {
     "nothing before": {"used": 0, "mass": "mass"},
     "no slot left": {"used": 132, "born": "born"},
     "eight to a key head": {"G": 8, "K": 1, "N": 70, "used": 69, "base": 2**20},
-    "four, heads apart, in part turned": {"G": 4, "N": 100, "D": 48, "P": 20, "used": 91, "heads": 2, "begin": 40, "always": 3, "opening": 2,
-                                          "rule": "window:window=20"},
+    "four, heads apart, in part turned": {"G": 4, "N": 100, "D": 48, "P": 20, "used": 91, "heads": 2, "begin": 40, "always": 3,
+                                          "opening": 2, "rule": "window:window=20"},
     "three, all notes": {"K": 3, "G": 3, "heads": 3, "born": "born", "mass": "mass", "recent": 4, "base": 2**20,
                          "rule": "duo:full=50,window=20,sinks=2"},
     "wide": {"D": 64, "P": 32, "mass": "mass", "scale": 0.5},
@@ -319,7 +319,7 @@ def test_a_remembered_query_finds_its_place():
         for n in turns:
             _, state = model(tokens[:, i : i + n], state)
             i += n
-        run = ops.eager(lambda x, s, close: model(x, s, close=close), model.still(state))
+        run = ops.eager(lambda x, s, close, model=model: model(x, s, close=close), model.still(state))
         for _ in range(6):
             run(int(tokens[0, i]))
             i += 1
