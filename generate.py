@@ -79,7 +79,7 @@ class Session:
         return {**state, "layers": (layers.pop() for _ in range(len(layers)))}
 
     def step(self, token):
-        """Read one token that was just written; returns the logits [V] after it."""
+        """Read one token that was just written, an int or an array of the backend; returns the logits [V] after it."""
         if self.grows and not self.room:
             # a static graph would write beyond its buffers
             raise Refused("the session has no room for another token: read() with a larger room, or use a bounded memory")
@@ -96,7 +96,9 @@ class Session:
         model, ops = self.model, self.ops
         if not self.graph:
             return ops.eager(lambda x, state, close: model(x, state, close=close), self.state)
-        fast = ops.fast_call()
+        from kernels.step import fast_call
+
+        fast = fast_call()
 
         def step(x, state, close):
             plain = model.run, model.model.run
@@ -128,6 +130,10 @@ class Sampler:
 
     def __call__(self, logits, tokens):
         """logits [V] float32 of the backend, tokens so far -> int."""
+        return int(self.draw(logits, tokens))
+
+    def draw(self, logits, tokens):
+        """The same as an array of the backend, which nobody has waited for."""
         import ops
 
         if self.penalty != 1:
@@ -136,7 +142,7 @@ class Sampler:
             cooler = ops.where(logits > 0, logits / self.penalty, logits * self.penalty)
             logits = ops.where(ops.array(seen), cooler, logits)
         if self.temperature == 0:
-            return int(ops.argmax(logits))
+            return ops.argmax(logits)
         logits = logits / self.temperature
         if self.top_k:
             logits = ops.where(logits < ops.descending(logits)[min(self.top_k, logits.shape[0]) - 1], -1e30, logits)
@@ -144,13 +150,12 @@ class Sampler:
         if self.top_p < 1:
             # a token stays while those before it, in falling order, have not reached top_p
             order = ops.descending(p)
-            kept = int((ops.cumsum(order, -1) - order < self.top_p).sum())
-            p = ops.where(p < order[kept - 1], 0.0, p)
+            least = -ops.amax(ops.where(ops.cumsum(order, -1) - order < self.top_p, -order, -2.0), -1)
+            p = ops.where(p < least, 0.0, p)
         if self.min_p:
             p = ops.where(p < self.min_p * ops.amax(p, -1), 0.0, p)
         total = ops.cumsum(p, -1)
-        drawn = int((total <= float(self.random.random()) * total[-1]).sum())
-        return min(drawn, p.shape[0] - 1)
+        return ops.minimum((total <= float(self.random.random()) * total[-1]).sum(), p.shape[0] - 1)
 
 
 class Until:
@@ -178,25 +183,34 @@ def generate(session, tokenizer, tokens, n, sampler, stops=(), show=lambda text:
     """Read tokens, then write up to n more, showing text as soon as it is certain. Returns (text, statistics)."""
     start, until, stream, text = time.perf_counter(), Until(stops), tokenizer.stream(), ""
     logits = session.read(tokens, n)
-    token, read, wrote = sampler(logits, session.tokens), time.perf_counter(), 0
+    drawn, wrote = sampler.draw(logits, session.tokens), 0
+    session.ops.wait(drawn)
+    read = time.perf_counter()
 
     def emit(piece):
         nonlocal text
         text += piece
         show(piece)
 
-    while token not in tokenizer.eos_ids:
-        piece, wrote = until.push(stream.push(token)), wrote + 1
-        if until.done or wrote == n:
-            emit(piece)
+    while True:
+        # the next step is under way while the host looks at the token: if the text ends with it, it has been read all the same
+        known = session.ops.later(drawn)
+        logits = session.step(drawn) if wrote + 1 < n else None
+        token = known()
+        if logits is not None:
+            session.tokens[-1] = token
+        if token in tokenizer.eos_ids:
             break
-        # the next step is under way while the text is shown
-        logits = session.step(token)
-        emit(piece)
-        token = sampler(logits, session.tokens)
-        if wrote == 1:
+        wrote += 1
+        if wrote == 2:
             # the first step compiles and captures: it is not what a token costs
             first = time.perf_counter()
+        piece = until.push(stream.push(token))
+        if logits is not None and not until.done:
+            drawn = sampler.draw(logits, session.tokens)
+        emit(piece)
+        if logits is None or until.done:
+            break
     if not until.done:
         emit(until.push(stream.flush()) + until.flush())
     end = time.perf_counter()

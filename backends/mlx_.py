@@ -513,6 +513,12 @@ def host(n):
     return n.item()
 
 
+def later(x):
+    """A function that gives the one number in x. It waits for what was asked for until now, and not for what is asked for afterwards."""
+    mx.async_eval(x)
+    return x.item
+
+
 def advance(n, by):
     """A counter moved on."""
     return n + by
@@ -535,7 +541,7 @@ class _Steps:
 
     def __call__(self, token, flag=False):
         assert flag in self.flags, "this step was not asked for"
-        y, self.state = self.step(mx.array([[token]]), self.state, flag)
+        y, self.state = self.step(mx.array(token, dtype=int32).reshape(1, 1), self.state, flag)
         mx.async_eval(y, self.state)
         return y
 

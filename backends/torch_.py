@@ -537,6 +537,17 @@ def host(n):
     return int(n)
 
 
+def later(x):
+    """A function that gives the one number in x. It waits for what was asked for until now, and not for what is asked for afterwards."""
+    if not x.is_cuda:
+        return x.item
+    # a copy that is asked for when the number is wanted would wait behind all that was asked for meanwhile
+    there, done = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+    there.copy_(x, non_blocking=True)
+    done.record()
+    return lambda: done.synchronize() or there.item()
+
+
 def advance(n, by):
     """A counter moved on; an array in place, so that a static graph keeps it where it is."""
     return n + by if isinstance(n, int) else n.add_(by)
@@ -560,7 +571,7 @@ class _Steps:
     @torch.no_grad()
     def __call__(self, token, flag=False):
         assert flag in self.flags, "this step was not asked for"
-        y, self.state = self.step(torch.tensor([[token]], device=device()), self.state, flag)
+        y, self.state = self.step(torch.as_tensor(token, device=device()).reshape(1, 1), self.state, flag)
         return y
 
 

@@ -96,10 +96,12 @@ def seconds(f, repeat=5):
     return sorted(times)[len(times) // 2]
 
 
-def save(name, result, out=None):
-    """Write a result to bench/results/NAME.json (or to the folder `out`) and print it."""
+def save(name, result, out=None, quiet=False):
+    """Write a result to bench/results/NAME.json (or to the folder `out`) and print it (quiet: do not)."""
     path = Path(out or ROOT / "bench" / "results") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    if quiet:
+        return
     print(json.dumps(result, indent=2))
     print(f"written to {path}", file=sys.stderr)

@@ -26,7 +26,7 @@ class Pruned(Memory):
 
     def __init__(self, c, o):
         super().__init__(c, o)
-        self.unturned = self.renumbers = o.kv_positions == "reindex"
+        self.unturned = self.ordered = self.renumbers = o.kv_positions == "reindex"
 
     @property
     def size(self):
@@ -43,15 +43,27 @@ class Pruned(Memory):
         """The newest `window` queries of each row, unturned, and where they and their documents stand: q, q_at, q_begin."""
         n, at = self.window, seg.at.at
         new = {"q": ops.stop(q), "q_at": at, "q_begin": at * 0 if seg.begin is None else seg.begin}
+        if not isinstance(s["n"], int):
+            return {**s, **{f: ops.put(s[f], a, at[0, 0, 0] % n) for f, a in new.items()}}
         if seg.at.first is not None:
             # no more of a long segment is copied, or held by a view, than is kept
             new = {f: a[:, :, -n:] for f, a in new.items()}
         new = {f: ops.cat([s[f] if f in s else blank(f, a, n), a], 2) for f, a in new.items()}
-        if seg.at.first is not None:
+        if seg.at.first is not None and at.shape[2] >= n:
             return {**s, **{f: a[:, :, -n:] for f, a in new.items()}}
-        # rows may end in padding
+        # rows may end in padding, and a static graph leaves another order
         keep = ops.top(new["q_at"], n)
         return {**s, **{f: ops.take(a, keep) for f, a in new.items()}}
+
+    def still(self, s):
+        """In a static graph the remembered query of position p is at p % window, so that the next one takes the place of the oldest."""
+        s = super().still(s)
+        if "q" not in s:
+            return s
+        n, newest = self.window, ops.amax(s["q_at"], 2)
+        slots = ops.expand(ops.arange(n, newest)[None, None], s["q_at"].shape)
+        order = ops.take(ops.sort_by(s["q_at"], slots), (slots + n - (newest + 1) % n) % n)
+        return {**s, **{f: ops.take(s[f], order) for f in ("q", "q_at", "q_begin")}}
 
     def looked(self, attn, seg, s):
         """The weight that each slot in use gets from the remembered queries, [B, K, N] float32."""

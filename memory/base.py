@@ -11,11 +11,14 @@ A layer's state is a dict that is passed in and handed back:
 Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
 """
 
+from types import MappingProxyType
+
 import numpy as np
 
 import ops
 import plugins
 from kernels import Places, attend
+from kernels.slots import kept
 from ops import Module
 
 
@@ -25,8 +28,11 @@ class Memory(Module):
     size = None  # slots that survive a close; None: all of them. What follows from a budget is a property: see settle()
     always = 0  # that many leading slots are exempt from the attention pattern,
     opening = 0  # and so are the first so many tokens of each document
+    ordered = False  # must what stays be in order of position, in a static graph too?
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds
+    beside = MappingProxyType({})  # what write() gives them beside pack(): field -> "at", where the token stands, or a float32
+    tally = None  # the field to which attend() adds the weights that a slot gets, if it does that and no more beside attention
     cuts = False  # does closing stop the gradient?
     whole_rows = False  # does training need a whole row at once?
     observes = False  # are some parameters learned from what is seen in training, not by gradients? Then see learn()
@@ -68,6 +74,8 @@ class Memory(Module):
         new, (B, T), n = self.pack(attn, x, seg), x.shape[:2], s["n"]
         heads = new["k"].shape[1] if self.heads_differ else 1
         new["pos"] = ops.expand(seg.at.at, (B, heads, T))
+        for f, what in self.beside.items():
+            new[f] = ops.expand(seg.at.at, (B, 1, T)) if what == "at" else ops.full(new["v"].shape[:3], what, ops.float32, x)
         consecutive = isinstance(n, int) and (n == 0 or (s["first"] is not None and seg.at.first == s["first"] + n))
         first = (s["first"] if n else seg.at.first) if consecutive else None
         solid = s.get("solid", True) and seg.at.first is not None
@@ -126,14 +134,12 @@ class Memory(Module):
         return x, s
 
     def forget(self, attn, seg, s):
-        """The best `size` slots, in order of position, empty ones last."""
+        """The best `size` slots first."""
         size = min(self.size, s["pos"].shape[2])
-        keep = ops.top(ops.where(s["pos"] < 0, -1e30, self.rank(attn, seg, s)), size)
-        at = ops.take(s["pos"], keep)
-        keep = ops.sort_by(ops.where(at < 0, 2**30, at), keep)
+        rank = ops.where(s["pos"] < 0, -1e30, self.rank(attn, seg, s))
         n = size if isinstance(s["n"], int) else ops.minimum(s["n"], size)
-        solid = s["solid"] and seg.begin is None
-        return {**s, **{f: ops.take(s[f], keep) for f in self.fields if f in s}, "n": n, "first": None, "solid": solid}
+        s = kept(rank, s, [f for f in self.fields if f in s], size, self.ordered)
+        return {**s, "n": n, "first": None, "solid": s["solid"] and seg.begin is None}
 
     def moving(self, s):
         """The inverse of still, where all rows are alike."""

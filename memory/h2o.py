@@ -29,11 +29,8 @@ def check(o):
 
 
 class Memory(Pruned):
-    fields = (*Pruned.fields, "mass")  # [B, K, N] float32, F
-
-    def pack(self, attn, x, seg):
-        new = super().pack(attn, x, seg)
-        return {**new, "mass": ops.full(new["v"].shape[:3], 0.0, ops.float32, x)}
+    # mass [B, K, N] float32: F
+    fields, beside, tally = (*Pruned.fields, "mass"), {"mass": 0.0}, "mass"
 
     def attend(self, attn, q, seg, s):
         (B, H, T, D), (k, v, slots) = q.shape, self.seen(attn, q, seg, s)

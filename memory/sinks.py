@@ -27,7 +27,8 @@ def check(o):
 
 
 class Memory(Base):
-    fields = ("k", "v", "pos", "born")
+    # born: where the token really stood; pos: where it is felt to stand
+    fields, beside = ("k", "v", "pos", "born"), {"born": "at"}
 
     def __init__(self, c, o):
         super().__init__(c, o)
@@ -36,10 +37,6 @@ class Memory(Base):
     @property
     def size(self):
         return self.o.budget
-
-    def pack(self, attn, x, seg):
-        # born: where the token really stood; pos: where it is felt to stand
-        return {**super().pack(attn, x, seg), "born": ops.expand(seg.at.at, (x.shape[0], 1, x.shape[1]))}
 
     def rank(self, attn, seg, s):
         since = s["born"] - (0 if seg.begin is None else seg.begin[..., -1:])
@@ -56,14 +53,12 @@ class Memory(Base):
         pos, born, rest = s["pos"][:, :, :n], s["born"][:, :, :n], s["pos"][:, :, n:]
         oldest = -ops.amax(ops.where(rest < 0, -(2**30), -rest), 2)
         at = ops.where((pos >= 0) & (oldest < 2**30), oldest - n + ops.arange(n, pos), pos)
-        s = {**s, "pos": ops.cat([at, rest], 2)}
-        if self.late(seg):
-            return s
-        s = self.with_sinks(s)
-        # the same sinks as before keep the key that they were born with
-        plain = ops.where((born == s["sink_born"])[..., None], s["sink"], seg.keys(s["k"][:, :, :n], -pos))
-        k = ops.cat([seg.keys(plain, at), s["k"][:, :, n:]], 2)
-        return {**s, "k": k, "sink": plain, "sink_born": born}
+        if not self.late(seg):
+            s = self.with_sinks(s)
+            # the same sinks as before keep the key that they were born with
+            plain = ops.where((born == s["sink_born"])[..., None], s["sink"], seg.keys(s["k"][:, :, :n], -pos))
+            s = {**s, "k": ops.put(s["k"], seg.keys(plain, at), 0), "sink": plain, "sink_born": born + 0}
+        return {**s, "pos": ops.put(s["pos"], at, 0)}
 
     def with_sinks(self, s):
         """`sink` [B, K, sinks, D], the unturned keys of the sinks, and `sink_born` [B, 1, sinks]; -2: not known yet."""

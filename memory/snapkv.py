@@ -9,6 +9,7 @@ window, queries of the segments before still count.
 """
 
 import ops
+from kernels.slots import order
 from memory import _pruned
 from memory._pruned import Pruned, ranked
 
@@ -42,9 +43,8 @@ class Memory(Pruned):
 
 def pooled(score, pos, n):
     """Averages over n neighbours in order of position, both [B, K, N]; slots that should not count must score 0."""
-    slots = ops.expand(ops.arange(pos.shape[2], pos)[None, None], pos.shape)
-    order = ops.sort_by(ops.where(pos < 0, 2**30, pos), slots)
+    by_position = order(ops.where(pos < 0, 2**30, pos))
     edge = ops.full((*pos.shape[:2], n // 2), 0.0, ops.float32, score)
-    score = ops.cat([edge, ops.take(score, order), edge], 2)
+    score = ops.cat([edge, ops.take(score, by_position), edge], 2)
     score = sum(score[:, :, i : i + pos.shape[2]] for i in range(n)) / n
-    return ops.take(score, ops.sort_by(order, slots))
+    return ops.take(score, order(by_position))

@@ -67,7 +67,7 @@ class Memory(Beside):
     def close(self, attn, seg, s):
         # what was written is read by another way
         written = ops.arange(s["pos"].shape[2], s["pos"]) >= s["n"] - seg.vectors
-        return super().close(attn, seg, {**s, "pos": ops.where(written, -1, s["pos"]), "first": None})
+        return super().close(attn, seg, {**s, "pos": ops.where(written, -1, s["pos"]), "first": None, "solid": False})
 
     def still(self, s):
         return super().still(self.with_side(s, self.vectors))

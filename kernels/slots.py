@@ -1,0 +1,67 @@
+"""token(): what a layer does with one token between its products: turn query and key, remember, attend to all slots, and take note.
+
+Plainly on every backend; on CUDA in a kernel that reads each slot once, the slots being divided over the processors.
+"""
+
+import ops
+from kernels import ENGINE, TRITON, Places, attend
+from kernels.dense import weights
+from kernels.rotate import plain as turned
+
+
+def plain(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, born=None, mass=None, recent=0):
+    """The specification. One token of one text, and one layer. H query heads, K key heads, N slots, D head width.
+
+    row [(H + 2 K) D]: the token's query heads, key heads and values. turn: cos and sin of its position [1, 1, 1, P] (kernels/rotate.py).
+    at [1, 1, 1] int32: the position. s: a layer's state (memory/base.py) of k, v [1, K, N, D], pos [1, 1 or K, N] and n, an array: the
+    token takes slot n. rule, begin, always, opening, scale: as in attend(). What is noted beside:
+    born: the field [1, 1, N] that holds the position as pos does, which may be renumbered. mass: the field [1, K, N] float32 that sums up
+    the weights which a slot gets. recent: so many of the newest queries are kept unturned, s["q"] [1, H, recent, D], and their positions
+    s["q_at"] [1, 1, recent]: that of position p at p % recent.
+    Returns the values that the token sees, weighted, [H D], and the state after: of the same arrays where they can be written in place.
+    """
+    n, K, D = s["n"], s["k"].shape[1], s["k"].shape[3]
+    H = row.shape[0] // D - 2 * K
+    q, k, v = (row[a * D : b * D].reshape(1, -1, 1, D) for a, b in ((0, H), (H, H + K), (H + K, H + 2 * K)))
+    new = {"k": turned(k, *turn), "v": v, "pos": ops.expand(at, (1, s["pos"].shape[1], 1))}
+    if born:
+        new[born] = at
+    if mass:
+        new[mass] = ops.full((1, K, 1), 0.0, ops.float32, v)
+    s = {**s, **{f: ops.put(s[f], x, n) for f, x in new.items()}}
+    if recent:
+        s = {**s, **{f: ops.put(s[f], x, at[0, 0, 0] % recent) for f, x in (("q", q), ("q_at", at))}}
+    what = turned(q, *turn), s["k"], Places(at), Places(s["pos"]), rule, begin, always, opening, scale
+    y = attend(*what[:2], s["v"], *what[2:]).reshape(-1)
+    if mass:
+        N = s["k"].shape[2]
+        s = {**s, mass: ops.put(s[mass], s[mass] + weights(*what).reshape(1, K, -1, N).sum(2), 0)}
+    return y, {**s, "n": ops.advance(n, 1)}
+
+
+def kept(rank, s, fields, size, ordered=True):
+    """The state s with the `size` slots of highest rank [B, 1 or K, N] in its fields, arrays [B, 1 or K, N, ...], and no others.
+
+    They stand in order of position, empty ones last. Where that is not asked for, those among the first `size` slots may stay where they
+    are, others take the place of what goes, and the room behind them stays, empty: what is written in place need not move.
+    """
+    if not ordered and not isinstance(s["n"], int) and ENGINE in ("auto", "triton") and keeps(s, fields):
+        return keep(rank, s, fields, size)
+    best = ops.top(rank, size)
+    at = ops.take(s["pos"], best)
+    best = ops.sort_by(ops.where(at < 0, 2**30, at), best)
+    return {**s, **{f: ops.take(s[f], best) for f in fields}}
+
+
+def order(key):
+    """Indices in rising order of key [.., .., n], along its last axis; of equal ones the first are first."""
+    if ENGINE in ("auto", "triton") and orders(key):
+        return sort(key)
+    return ops.sort_by(key, ops.expand(ops.arange(key.shape[-1], key)[None, None], key.shape))
+
+
+if TRITON:
+    from kernels.slots_triton import can, keep, keeps, orders, token
+    from kernels.slots_triton import order as sort
+else:
+    token, can, keeps, orders = plain, lambda s, heads: False, lambda s, fields: False, lambda key: False

@@ -1,0 +1,134 @@
+"""Block.forward for one token of one text, as five kernels: queries, keys and values; attention and what is remembered; the output; gate
+and up; down.
+
+This stands above model.py, whose classes it knows, and is chosen in generate.py alone. A block whose parts are not those that are written
+anew here runs as it is written, compiled: `plain` says which. NANOLONG_KERNEL other than auto and triton switches all of it off.
+"""
+
+import ops
+from kernels import ENGINE, TRITON, rows, slots
+from memory._pruned import Pruned
+from memory.base import Memory
+from model import MLP, Attention, Block, Llama
+from positions.base import Rotary
+
+
+def fast_call():
+    """A function (block or head, *args) for one-token steps, as Decoder.run and Llama.run."""
+    compiled = ops.fast_call()
+    if not (TRITON and ENGINE in ("auto", "triton")):
+        return compiled
+
+    def run(f, *args):
+        x = args[0]
+        if isinstance(f, Block) and len(x) == x.shape[1] == 1 and rows.can(x):
+            return step(f, *args, compiled)
+        if getattr(f, "__func__", None) is Llama.head and x.shape[0] == x.shape[1] == 1 and rows.can(x) and headed(f.__self__, x):
+            return head(f.__self__, x)
+        return compiled(f, *args)
+
+    return run
+
+
+def step(block, x, seg, s, compiled):
+    """Block.forward: x [1, 1, C] -> [1, 1, C], state."""
+    stock = type(block) is Block and owner(block.self_attn.memory, "leave") is Memory
+    if not stock or not stacked(block.mlp, block.post_attention_layernorm, x):
+        return compiled(block, x, seg, s)
+    if plain(block, x, seg, s):
+        y, s = attention(block, x.reshape(-1), seg, s, compiled)
+    else:
+        y, s = compiled(sublayer, block, x, seg, s)
+        y = y.reshape(-1)
+    return mlp(block, y).reshape(x.shape), s
+
+
+def sublayer(block, x, seg, s):
+    """The first half of Block.forward, as it is written."""
+    y, s = block.self_attn(block.input_layernorm(x), seg, s)
+    return x + y, s
+
+
+def attention(block, x, seg, s, compiled):
+    """The first half of Block.forward: x [C] -> [C], state."""
+    attn, norm, memory = block.self_attn, block.input_layernorm, block.self_attn.memory
+    row = rows.product(x, [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight], norm.weight, norm.eps)
+    how = {k: a for k, a in memory.how(seg).items() if k != "bias"}
+    y, s = slots.token(row, seg.turn, seg.at.at, s, attn.rule, seg.begin, **how, **noted(memory))
+    if seg.close:
+        s = compiled(memory.close, attn, seg, s)
+    return rows.product(y, [attn.o_proj.weight], residual=x), {**s, "first": None}
+
+
+def mlp(block, x):
+    """The second half: x [C] -> [C]."""
+    mlp, norm = block.mlp, block.post_attention_layernorm
+    y = rows.product(x, [mlp.gate_proj.weight, mlp.up_proj.weight], norm.weight, norm.eps, gated=True)
+    return rows.product(y, [mlp.down_proj.weight], residual=x)
+
+
+def head(model, x):
+    """Llama.head."""
+    norm = model.model.norm
+    return rows.product(x.reshape(-1), [model.readout.weight], norm.weight, norm.eps, dtype=ops.float32).reshape(1, 1, -1)
+
+
+# ---------------------------------------------------------------- what may be written anew
+
+
+def headed(model, x):
+    kind = ops.Embedding if model.config.tie_word_embeddings else ops.Linear
+    return type(model) is Llama and normed(model.model.norm) and bare(model.readout, x, kind)
+
+
+def stacked(mlp, norm, x):
+    return type(mlp) is MLP and normed(norm) and all(bare(m, x) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+
+def bare(linear, x, kind=ops.Linear):
+    """Is this a matrix and nothing else, of the numbers that x is made of?"""
+    w = getattr(linear, "weight", None)
+    return type(linear) is kind and getattr(linear, "bias", None) is None and w.dtype == x.dtype and w.is_contiguous()
+
+
+def normed(norm):
+    return type(norm) is ops.RMSNorm
+
+
+def plain(block, x, seg, s):
+    """Is this Attention.forward over slots that a memory keeps as memory/base.py does: keys turned when they are written, one text, and
+    beside attention nothing but what `noted` tells?"""
+    attn, memory = block.self_attn, block.self_attn.memory
+    linears = all(bare(m, x) for m in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
+    if type(attn) is not Attention or not linears or not normed(block.input_layernorm) or not turns(seg) or memory.late(seg):
+        return False
+    if any(owner(memory, f) is not Memory for f in ("write", "pack", "put", "unpack", "seen", "look", "used", "how", "late")):
+        return False
+    if seg.begin is not None and getattr(memory, "window", 0):
+        # where the documents of remembered queries begin is not noted
+        return False
+    attends = owner(memory, "attend")
+    return (attends in (Memory, Pruned) or "tally" in vars(attends)) and noted(memory) is not None and slots.can(s, attn.H)
+
+
+def turns(seg):
+    """Are queries and keys turned by cos and sin alike in all heads, and is nothing added to the logits?"""
+    position, turn = seg.position, seg.turn
+    if not isinstance(position, Rotary) or any(owner(position, f) not in Rotary.__mro__ for f in ("queries", "keys", "turned")):
+        return False
+    return seg.bias is None and len(turn) == 2 and len(turn[0].shape) == 4 and turn[0].shape[1] == 1
+
+
+def noted(memory):
+    """What is noted of the token, as slots.token() takes it; None: something that it does not."""
+    born = [f for f, what in memory.beside.items() if what == "at"]
+    rest = {f: what for f, what in memory.beside.items() if what != "at"}
+    window = getattr(memory, "window", 0)
+    if len(born) > 1 or rest != ({memory.tally: 0.0} if memory.tally else {}) or (window and owner(memory, "remember") is not Pruned):
+        return None
+    return {"born": born[0] if born else None, "mass": memory.tally, "recent": window}
+
+
+def owner(thing, name):
+    """The class that says what `name` is."""
+    return next(c for c in type(thing).__mro__ if name in vars(c))
