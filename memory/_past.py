@@ -51,7 +51,7 @@ class Past(Base):
         s = self.make_room(s)
         one = {f: s[f][:, :, :1] for f in self.fields if f in s}
         nothing = {f: blank(f, a, 1) for f, a in {**one, **self.sealed(one)}.items()}
-        return super().still({**s, "past": self.padded(s["past"] if "past" in s else self.folded(nothing))})
+        return super().still({**s, "past": self.padded(s["past"] if "past" in s else self.folded(nothing)), "solid": False})
 
     def whole(self, s, sealed=None):
         """Past and segment as one state of the policy's, every slot in use. sealed: what the segment's slots have beside their fields."""

@@ -47,7 +47,11 @@ class Memory(Past, Snap):
         rank = ops.where(s["pos"] < 0, -1e30, self.rank(attn, seg, s))
         safe = place(rank) < o.window + int((o.budget - o.window) * o.floor)
         best = place(ops.where(safe & (s["pos"] >= 0), 1e9, rank).reshape(B, 1, -1)) < o.budget * K
-        return super().forget(attn, seg, {**s, "pos": ops.where(best.reshape(B, K, N), s["pos"], -1), "solid": False})
+        return super().forget(attn, seg, {**s, "pos": ops.where(best.reshape(B, K, N), s["pos"], -1)})
+
+    def whole(self, s, sealed=None):
+        # heads remember differently much: slots of the rectangle are empty
+        return {**super().whole(s, sealed), "solid": False}
 
     def folded(self, t):
         """One line [B, 1, K * budget, ...] of each field, empty slots last, and `count` [B, K]: so many slots are each head's."""

@@ -82,6 +82,7 @@ class Memory(Base):
             "v": mean(s["v"]),
             "pos": ops.where(gone & (since != last), -1, s["pos"]),
             "count": ops.where(end, o.rate, s["count"]),
+            "solid": False,
         }
 
 
