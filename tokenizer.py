@@ -122,7 +122,8 @@ class Fast:
         Before a space that follows a visible character: no token of the vocabulary reaches over such a place (checked here,
         token by token), so no merge does, and the patterns that split words look ahead only from white space. Byte-level
         vocabularies may also be cut after a lone newline before a letter, for scripts without spaces. Sentencepiece puts a
-        space in front of whatever it is given, so there the regex matches the space, and the cut swallows it. A vocabulary that fails is never cut.
+        space in front of whatever it is given, so there the regex matches the space, and the cut swallows it.
+        A vocabulary that fails is never cut.
         """
         kinds = set(re.findall(r'"type": "(\w+)"', json.dumps(spec.get("normalizer"))))
         over = re.compile(r"[^\s\ufffd] |\n[^\W_]" if self.byte_level else r"[^\s\ufffd] ")
