@@ -70,7 +70,7 @@ def texts(files, tokenizer, longest, documents, bos):
     """(name, tokens) of the first documents that have the longest length, cut to it; None: whole ones. Raises Refused if none."""
     seen, most = 0, 0
     for name, text in data.documents(files):
-        tokens = tokenizer.encode(text, bos)
+        tokens = data.encode(tokenizer, text, bos)
         most = max(most, len(tokens))
         if len(tokens) >= (longest or 2):
             seen += 1
