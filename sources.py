@@ -112,7 +112,7 @@ def hub(text):
     A file belongs to a split if a word of its path is the split's name. Without a split it is "train", or all files if none says so.
     """
     name, split, field = [*text.split(":"), "", ""][:3]
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or text.count(":") > 2:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or text.count(":") > 2:
         raise Refused(f"hub:{text} is no data set: write hub:OWNER/NAME, hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:SPLIT:FIELD")
     try:
         import huggingface_hub
