@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from errors import Refused
 
-CHUNK = 1 << 20  # characters read at a time
+CHUNK = 1 << 22  # characters read at a time
 ROWS = (".jsonl", ".jsonl.gz", ".parquet")  # files whose lines or rows are documents
 
 

@@ -124,10 +124,14 @@ def short(world, tmp_path_factory):  # noqa: F811
 STAGED = {"curriculum": "12,24,48", "length": None, "batch": 2, "micro": 1, "steps": 9, "pos": "yarn:factor=auto", "keep": 9}
 
 
-def test_a_run_passes_through_its_stages(world, short, tmp_path, capsys):  # noqa: F811
-    out = tmp_path / "run"
+def test_a_run_passes_through_its_stages(world, short, tmp_path, monkeypatch, capsys):  # noqa: F811
+    out, real, read = tmp_path / "run", train.nats, []
+    monkeypatch.setattr(train, "nats", lambda model, batch: read.append(batch.tokens.shape) or real(model, batch))
     assert train.main(args(world, out, **{**STAGED, "model": short, "rewarm": 2, "min-lr": 1e-3, "eval-every": 9})) == 0
     assert [x[2] for x in metrics(out, "length")] == [12] * 5 + [24] * 4 + [48] * 4
+    monkeypatch.setattr(train, "nats", real)
+    # in training and in validation as many tokens at a time: two parts a step
+    assert read == [(4, 12)] * (2 + 6 + 2) + [(2, 24)] * (6 + 2) + [(1, 48)] * (6 + 2)
     # the stream goes on across stages, cut in rows of each stage's length
     corpus, seen = data.Corpus.build([world / "texts"], llama.tokenizers.load(short), tmp_path / "c"), 0
     rows = data.Batches(corpus, 8, 12, 0)
@@ -223,6 +227,23 @@ def test_what_contradicts_is_refused(more, says, world, short, tmp_path, monkeyp
     monkeypatch.setattr(llama, "load", lambda *a, **k: pytest.fail("loaded before it was refused"))
     said = refusal(args(world, tmp_path / "run", **{**STAGED, "model": short, **more}), monkeypatch, capsys)
     assert says in said and not (tmp_path / "run").exists()
+
+
+def test_each_argument_of_data_keeps_its_share(world, tmp_path):  # noqa: F811
+    for name, sizes in (("books", (900, 50)), ("notes", (40, 30, 30))):
+        (tmp_path / name).mkdir()
+        for i, n in enumerate(sizes):
+            (tmp_path / name / f"{i}.txt").write_text("x" * (n - 1))
+    given = [str(tmp_path / "notes"), str(tmp_path / "books")]
+    a = train.SimpleNamespace(data=given, valid=[str(world / "held")], upsample=4, length=100)
+    corpus, held_out, draws = train.corpora(a, llama.tokenizers.load(world / "model"))
+    assert len(held_out) == 1 and corpus.origin.tolist() == [0, 1, 2, 3, 4]
+    # of the books 950 tokens become 3650, so notes come as many times more often
+    np.testing.assert_allclose(draws, [3650 / 950] * 3 + [4, 1])
+    a.data = [str(tmp_path)]
+    np.testing.assert_allclose(train.corpora(a, llama.tokenizers.load(world / "model"))[2], [4, 1, 1, 1, 1])
+    a.upsample = 1
+    assert train.corpora(a, llama.tokenizers.load(world / "model"))[2] is None
 
 
 def test_short_texts_are_warned_of(world, tmp_path, capsys):  # noqa: F811

@@ -321,18 +321,19 @@ def peak(f):
 
 def test_a_text_passes_through_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHUNK", 1 << 12)
+    (tmp_path / "x").mkdir()
     text = "été, 鯨\r\n" * (1 << 17)
-    (tmp_path / "long.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    (tmp_path / "late.txt").write_bytes(text.encode() + b"\xff")
-    (tmp_path / "zero.txt").write_bytes(text.encode() + b"\0")
-    assert peak(lambda: Corpus.build(tmp_path, Counter(), tmp_path / "cache")) < len(text.encode()) / 4
-    corpus = Corpus.build(tmp_path, Counter(), tmp_path / "cache")
+    (tmp_path / "x" / "long.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "x" / "late.txt").write_bytes(text.encode() + b"\xff")
+    (tmp_path / "x" / "zero.txt").write_bytes(text.encode() + b"\0")
+    assert peak(lambda: Corpus.build(tmp_path / "x", Counter(), tmp_path / "cache")) < len(text.encode()) / 4
+    corpus = Corpus.build(tmp_path / "x", Counter(), tmp_path / "cache")
     assert bytes(corpus.tokens[:-1].astype(np.uint8)) == text.encode() and corpus.tokens[-1] == 256
     assert sorted(map(os.path.basename, corpus.skipped)) == ["late.txt", "zero.txt"]
 
 
 def test_many_documents_are_not_held(tmp_path):
-    n = 20000
+    n = 6000
     (tmp_path / "x.jsonl").write_text('{"text": "word"}\n' * n)
     once = lambda: Corpus.build(tmp_path / "x.jsonl", Counter(), tmp_path / "cache")
     assert peak(once) < 20 * n and peak(once) < 20 * n, "neither written nor opened; a list of names and offsets takes 150 bytes each"
