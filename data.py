@@ -179,7 +179,7 @@ class Corpus:
         long = (weight * sizes)[sizes >= length].sum() / total
         past = (weight * np.maximum(sizes - half, 0)).sum() / total
         tenths = ", ".join(f"{q}%: {int(x):,}" for q, x in zip((10, 50, 90, 99), np.quantile(sizes, (0.1, 0.5, 0.9, 0.99))))
-        drawn = "" if draws is None else ", as they are drawn"
+        drawn = "" if draws is None else ", as they are drawn,"
         line = f"documents by length in tokens: {tenths}; {long:.0%} of all tokens{drawn} are in documents of {length:,} or more"
         return f"{line}, and {past:.0%} have {half:,} of their document before them", past
 

@@ -102,12 +102,13 @@ def test_longrope_of_a_stage_is_written_for_others():
 
 def test_another_scheme_takes_over_and_weights_stay():
     model, tokens = tiny(pos="t5:buckets=4,distance=8/pi:factor=2", max_position_embeddings=16), ops.array(np.arange(40)[None])
-    bias = {n: x for n, x in ops.parameters(model).items() if "positions" in n}
-    ops.set_parameters(model, {n: x + ops.array(np.arange(x.shape[0], dtype="float32")[:, None]) for n, x in bias.items()})
+    shifted = lambda x: x + ops.array(np.arange(x.shape[0], dtype="float32")[:, None])
+    bias = {n: shifted(x) for n, x in ops.parameters(model).items() if "positions" in n}
+    ops.set_parameters(model, bias)
     model.feel("t5:buckets=4,distance=8/pi:factor=3")
-    want = tiny(pos="t5:buckets=4,distance=8/pi:factor=3", max_position_embeddings=16)
-    ops.set_parameters(want, {n: x for n, x in ops.parameters(model).items() if n in bias})
-    logits = [ops.numpy(m(tokens)) for m in (model, want, tiny(pos="t5:buckets=4,distance=8/pi:factor=3", max_position_embeddings=16))]
+    want, other = (tiny(pos="t5:buckets=4,distance=8/pi:factor=3", max_position_embeddings=16) for _ in "ab")
+    ops.set_parameters(want, bias)
+    logits = [ops.numpy(m(tokens)) for m in (model, want, other)]
     assert bias and model.config.pos == want.config.pos
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
     assert np.abs(logits[0] - logits[2]).max() > 1e-2
@@ -244,6 +245,16 @@ def test_each_argument_of_data_keeps_its_share(world, tmp_path):  # noqa: F811
     np.testing.assert_allclose(train.corpora(a, llama.tokenizers.load(world / "model"))[2], [4, 1, 1, 1, 1])
     a.upsample = 1
     assert train.corpora(a, llama.tokenizers.load(world / "model"))[2] is None
+
+
+def test_an_epoch_reads_a_long_text_more_often(world, tmp_path, monkeypatch):  # noqa: F811
+    real, read = train.nats, []
+    monkeypatch.setattr(train, "nats", lambda model, batch: read.append(batch.tokens) or real(model, batch))
+    for i, sign in enumerate("lss"):
+        (tmp_path / f"{i}.txt").write_text(sign * (49 if sign == "s" else 99))
+    given = {"data": tmp_path / "?.txt", "valid": world / "held", "upsample": 4, "length": 100, "batch": 5, "micro": 5, "valid-rows": 1}
+    assert train.main(args(world, tmp_path / "run", **given, steps=1, warmup=0)) == 0
+    assert [(read[1] == llama.tokenizers.load(world / "model").encode(sign)[0]).sum() for sign in "ls"] == [4 * 99, 2 * 49]
 
 
 def test_short_texts_are_warned_of(world, tmp_path, capsys):  # noqa: F811

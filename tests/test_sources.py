@@ -31,7 +31,9 @@ def checkout(tmp_path):
         "README.md": "# One\n",
         "setup.py": "x = 1\n\n\n",
         "src/b/Readme.rst": "b\n",
+        "src/b/Makefile": "all:",
         "src/b/a.c": "int a;",
+        "a/b/c.py": "c",
         "src/zz.sql": "select 1",
         "docs/note.md": "word " * 100 + "\ndo not edit",
     }
@@ -68,7 +70,9 @@ ONE = "\n\n".join(
         "# setup.py\nx = 1",
         "<!-- docs/note.md -->\n" + "word " * 100 + "\ndo not edit",
         "-- src/zz.sql\nselect 1",
+        "# a/b/c.py\nc",
         "# src/b/Readme.rst\nb",
+        "# src/b/Makefile\nall:",
         "// src/b/a.c\nint a;\n\n",
     ]
 )
@@ -176,7 +180,7 @@ def test_other_fields_and_compressed_lines(tmp_path):
     assert found == [(f"{tmp_path}/x.jsonl.gz:1", "eins"), (f"{tmp_path}/x.jsonl.gz:3", "zwei")]
     assert [text for _, text in data.documents(tmp_path)] == ["other", "another"]
     build = lambda spec: Corpus.build(spec, Bytes(), tmp_path / "cache")
-    assert len(build(f"field:body:{tmp_path / 'x.jsonl.gz'}").tokens) != len(build(tmp_path / "x.jsonl.gz").tokens)
+    assert len(build(f"field:body:{tmp_path / 'x.jsonl.gz'}").tokens) != len(build(f"field:text:{tmp_path / 'x.jsonl.gz'}").tokens)
     with pytest.raises(Refused, match='"title"'):
         list(data.documents(f"field:title:{tmp_path}"))
     with pytest.raises(Refused, match="field:NAME:PATH"):
