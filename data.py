@@ -31,19 +31,12 @@ NONE = -1  # the target of a token that has no next one; in padding, the token t
 
 
 def encode(tokenizer, text, bos=None):
-    """The ids (int32) of a document as `documents` gives it: a text, or a conversation."""
-    return np.concatenate([np.zeros(0, np.int32), *pieces(tokenizer, text if isinstance(text, list) else iter([text]), bos)])
-
-
-def pieces(tokenizer, text, bos=None):
-    """The same of what `streams` gives, as an iterator of arrays. A conversation is what the tokenizer's chat template makes of it; where
-    it has none, each message after its role and a colon."""
-    if not isinstance(text, list):
-        yield from tokenizer.pieces(text, bos)
-    elif tokenizer.has_chat:
-        yield tokenizer.chat(text, generate=False)
-    else:
-        yield from tokenizer.pieces(["\n\n".join(f"{m['role']}: {m['content']}" for m in text)], bos)
+    """The ids (int32) of a document as `documents` gives it: a text, or a conversation, which is what the tokenizer's chat template makes
+    of it; where it has none, each message after its role and a colon."""
+    if isinstance(text, list) and tokenizer.has_chat:
+        return tokenizer.chat(text, generate=False)
+    said = text if isinstance(text, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in text)
+    return tokenizer.encode(said, bos)
 
 
 class Names(Sequence):
@@ -130,7 +123,7 @@ class Corpus:
 
             put("offsets", np.int64(0).tobytes())
             for i, name, text in streams(sources, skipped):
-                for ids in pieces(tokenizer, text if isinstance(text, list) else counted(text)):
+                for ids in [encode(tokenizer, text)] if isinstance(text, list) else tokenizer.pieces(counted(text)):
                     put("tokens", ids.astype(dtype).tobytes())
                     end += len(ids)
                 put("tokens", np.array(tokenizer.eos_id, dtype).tobytes())

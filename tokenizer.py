@@ -225,11 +225,8 @@ class Tokenizer:
         ten characters like any others, so a document or a user cannot end a turn. Long texts are cut where it is safe and
         encoded in parallel.
         """
-        if bos and self.bos_id is None:
-            raise Refused(f"the tokenizer in {self.folder} has no bos token: encode without bos")
         if special and isinstance(self.run, SentencePiece):
-            head = [self.bos_id] if (self.adds_bos if bos is None else bos) else []
-            return np.asarray(head + self.parse(text, self.specials()), np.int32)
+            return np.asarray(self.head(bos) + self.parse(text, self.specials()), np.int32)
         return np.concatenate([np.zeros(0, np.int32), *self.pieces([text], bos, special)])
 
     def pieces(self, chunks, bos=None, special=False):
@@ -238,8 +235,7 @@ class Tokenizer:
         What is held at a time is a chunk and the ids of some million characters, or the whole text if this vocabulary may not be cut
         (`run.cut` is None: sentencepiece's own tokenizer.model, and a tokenizer.json whose tokens reach over spaces).
         """
-        if self.adds_bos if bos is None else bos:
-            yield np.asarray([self.bos_id], np.int32)
+        yield np.asarray(self.head(bos), np.int32)
         rest, cut, chunks = "", self.run.cut, iter(chunks)
         if cut is None:
             rest, chunks = "".join(chunks), iter(())
@@ -261,6 +257,12 @@ class Tokenizer:
                 yield from self.encoded(group, special)
             if chunk is None:
                 return
+
+    def head(self, bos):
+        """The ids that a text begins with."""
+        if bos and self.bos_id is None:
+            raise Refused(f"the tokenizer in {self.folder} has no bos token: encode without bos")
+        return [self.bos_id] if (self.adds_bos if bos is None else bos) else []
 
     def encoded(self, texts, special):
         return (np.asarray(ids, np.int32) for ids in self.run.ids(texts, special))

@@ -24,7 +24,10 @@ class Bytes:
     def __init__(self):
         self.texts = []
 
-    def pieces(self, chunks, bos=None):
+    def encode(self, text, bos=None):
+        return np.concatenate(list(self.pieces([text])))
+
+    def pieces(self, chunks):
         self.texts.append("")
         for chunk in chunks:
             self.texts[-1] += chunk

@@ -309,7 +309,7 @@ def test_parquet_rows(tmp_path, monkeypatch):
 class Counter(Bytes):
     """A tokenizer that remembers nothing."""
 
-    def pieces(self, chunks, bos=None):
+    def pieces(self, chunks):
         for chunk in chunks:
             yield np.frombuffer(chunk.encode(), np.uint8).astype(np.int32)
 
