@@ -3,7 +3,7 @@
     4k,8k,32k                  equal shares of --steps
     4k:50%,8k:25%,32k:25%      shares of --steps
     4k:100,8k:50,32k:50        steps, --steps being their sum
-    4k:100mt,8k:50mt,32k:50mt  tokens read, rounded up to whole steps
+    4k:100mt,8k:50mt,32k:50mt  tokens read (m: 2^20), rounded up to whole steps
 
 --length, --batch and --micro are the last stage's: rows of a quarter of its length come four times as many. The order of the documents,
 AdamW's averages and the learning rate's one cosine over all steps go on from stage to stage as if nothing had changed; --rewarm N raises

@@ -10,7 +10,8 @@
     hub:OWNER/NAME[:SPLIT][:FIELD]    a data set of the Hugging Face hub, by its .jsonl, .jsonl.gz, .parquet and .txt files
 
 A repository's files come directory by directory, the shallow ones first, READMEs before the others. Left out are hidden files, links,
-what is no UTF-8 text, what is vendored (other checkouts inside of it too), what is generated or minified, and files above 1 MiB.
+what is no UTF-8 text, what is vendored (other checkouts inside of it too), what is built, generated or minified, notebooks, tables, and
+files above 1 MiB. What git ignores is not asked for.
 """
 
 import functools

@@ -199,6 +199,21 @@ def test_a_run_resumes_in_any_stage_to_the_same_losses(how, world, short, tmp_pa
     assert losses[-1] < losses[0]
 
 
+def test_a_run_from_before_there_were_stages_goes_on(world, tmp_path, monkeypatch):  # noqa: F811
+    assert train.main(args(world, tmp_path / "whole", steps=4)) == 0
+    real, out, steps = train.train_step, tmp_path / "run", []
+    monkeypatch.setattr(train, "train_step", lambda *a: steps.append(1) or (real(*a) if len(steps) < 4 else 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        train.main(args(world, out, steps=4, **{"save-every": 1}))
+    monkeypatch.setattr(train, "train_step", real)
+    path = out / "step-000003" / "trainer.json"
+    saved = json.loads(path.read_text())
+    saved["arguments"] = {k: x for k, x in saved["arguments"].items() if k not in ("curriculum", "stages", "rewarm", "upsample")}
+    path.write_text(json.dumps(saved))
+    assert train.main(["--resume", str(out)]) == 0
+    assert metrics(out, "loss") == metrics(tmp_path / "whole", "loss")
+
+
 def test_a_stage_of_one_segment_is_a_row_alone(world, short, tmp_path):  # noqa: F811
     """RMT's curriculum begins with one segment, which knows of no memory."""
     given = {**STAGED, "model": short, "segment": 12, "memory": "none", "pos": None}
