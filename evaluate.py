@@ -207,7 +207,7 @@ def arguments():
         "--data",
         nargs="+",
         metavar="PATH",
-        help="texts, folders, globs, .jsonl, repo:, hub: (default: held-out files of the default corpus)",
+        help="texts, folders, .jsonl, repo:, hub: (default: held-out files of the default corpus)",
     )
     add("--documents", type=cli.whole, help="read so many documents that are long enough (default: all of --data, else 4)")
     add("--bos", action=argparse.BooleanOptionalAction, help="begin documents with the bos token (default: as the model's tokenizer does)")
