@@ -331,11 +331,6 @@ class Llama(Module):
         pos = ops.where(live, count - 1 + (start if isinstance(start, int) else start[:, None]), -1)
         return pos[:, None], count[:, -1]
 
-    def feel(self, pos):
-        """Feel distance by another spelling of --pos from now on."""
-        self.config = dataclasses.replace(self.config, pos=pos)
-        self.model.feel(self.config)
-
     def observers(self):
         """Where parameters are that no gradient moves: prefix of their names -> the memory that learns them from what it sees."""
         layers = ((f"model.layers.{i}.self_attn.memory.", block.self_attn.memory) for i, block in enumerate(self.model.layers))
@@ -345,6 +340,11 @@ class Llama(Module):
         """Let the observers learn. seen: of each the array that it left in its layer's state, summed over the rows of a step."""
         for memory, x in zip(self.observers().values(), seen):
             memory.learn(x)
+
+    def feel(self, pos):
+        """Feel distance by another spelling of --pos from now on."""
+        self.config = dataclasses.replace(self.config, pos=pos)
+        self.model.feel(self.config)
 
     def still(self, state):
         """The same state with static shapes and no number that only the host knows: for a step that is one graph."""
