@@ -1,19 +1,20 @@
-"""Long texts to token streams: find documents, tokenise them once, lay them end to end and cut rows of any length.
+"""Long texts to token streams: tokenise documents once (sources.py finds them), lay them end to end and cut rows of any length.
 
     corpus = Corpus.build(paths, tokenizer, cache_dir)
     batches = Batches(corpus, batch=4, length=65536, seed=0)
     batch = batches.next()                    # tokens, targets, begin [B, T] int32
 
-A row holds pieces of several documents. `begin` keeps them apart: a token may see back to begin, and no further.
+A row holds pieces of several documents. `begin` keeps them apart: a token may see back to begin, and no further. Nothing is held in
+memory but a document's number, and of a text only some million characters at a time.
 """
 
-import glob
 import hashlib
 import json
 import os
 import shutil
-import sysconfig
 import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,131 +22,78 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import Refused
+from sources import absolute, default_corpus, documents, expand, split, stamp, streams
 
-FORMAT = 1  # of the cache: raise it when what is written, or how texts are found and ended, changes
+__all__ = ["Batch", "Batches", "Corpus", "absolute", "default_corpus", "documents", "encode", "expand", "split"]
+
+FORMAT = 2  # of the cache: raise it when what is written, or how texts are found and ended, changes
 NONE = -1  # the target of a token that has no next one; in padding, the token too
 
 
-def expand(paths):
-    """Files, folders and globs -> sorted files, each once, hidden ones left out. Raises Refused for a path that is not there."""
-    found = {}
-    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        path = Path(path).expanduser()
-        if path.is_file():
-            here = [path]
-        elif path.is_dir():
-            here = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
-        else:
-            here = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-            if not here:
-                raise Refused(f"{path} matches no file: give text files, folders, .jsonl files or a glob such as 'books/*.txt'")
-        found |= dict.fromkeys(here)
-    return list(found)
+def encode(tokenizer, text, bos=None):
+    """The ids (int32) of a document as `documents` gives it: a text, or a conversation, which is what the tokenizer's chat template makes
+    of it; where it has none, each message after its role and a colon."""
+    if isinstance(text, list) and tokenizer.has_chat:
+        return tokenizer.chat(text, generate=False)
+    said = text if isinstance(text, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in text)
+    return tokenizer.encode(said, bos)
 
 
-def documents(paths, skipped=None):
-    """Iterate over (name, text), a document a file, or a line of a .jsonl file ({"text": ...}); empty ones are left out.
+class Names(Sequence):
+    """Strings in a file, read one at a time. raw: uint8 [bytes]; ends: int64 [D], where each one ends."""
 
-    Any file that is UTF-8 text counts, whatever its suffix. Others are left out and their paths appended to the list
-    `skipped`, for the caller to report. Raises Refused for a bad line of a .jsonl file, and where there is no text at all.
-    """
-    files, skipped, empty = expand(paths), [] if skipped is None else skipped, True
-    for path in files:
-        for name, text in lines(path) if path.suffix == ".jsonl" else whole(path, skipped):
-            if text:
-                empty = False
-                yield name, text
-    if empty:
-        raise Refused(f"no text in {len(files)} files, {len(skipped)} of them not UTF-8: give text files, or .jsonl with a field 'text'")
+    def __init__(self, raw, ends):
+        self.raw, self.ends = raw, ends
 
+    def __len__(self):
+        return len(self.ends)
 
-def whole(path, skipped):
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        skipped.append(str(path))
-    else:
-        yield str(path), text
+    def __getitem__(self, d):
+        d = range(len(self))[d]
+        return self.raw[self.ends[d - 1] if d else 0 : self.ends[d]].tobytes().decode()
 
+    def __eq__(self, other):
+        return list(self) == list(other)
 
-def lines(path):
-    with open(path, "rb") as file:
-        for n, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise Refused(f'{path}, line {n}: every line must be a JSON object with its document in the field "text"')
-            yield f"{path}:{n}", record["text"]
-
-
-def default_corpus():
-    """The sources of the running interpreter's standard library, sorted: long documents that are on every machine."""
-    root = Path(sysconfig.get_path("stdlib"))
-    leave = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = [p for p in sorted(root.rglob("*.py")) if not leave & set(p.relative_to(root).parts) and p.stat().st_size]
-    if not files:
-        raise Refused(f"this Python has no standard library sources in {root}: name your own text files")
-    return files
-
-
-def split(files, valid=0.05):
-    """Files -> (train, valid): held out by a hash of the name below the common folder, so alike on every machine.
-
-    valid: the share held out; at least one file goes each way. 0 holds out nothing. Raises Refused for a lone file.
-    """
-    files = [Path(f) for f in files]
-    if not valid:
-        return files, []
-    if len(files) < 2 or not 0 < valid < 1:
-        raise Refused(f"{len(files)} files cannot be split with a share of {valid}: give at least two files and a share between 0 and 1")
-    root = Path(os.path.commonpath([f.absolute().parent for f in files]))
-    name = lambda f: f.absolute().relative_to(root).as_posix()
-    share = {f: int.from_bytes(hashlib.sha256(name(f).encode()).digest()[:8], "big") / 2**64 for f in files}
-    ranked = sorted(files, key=lambda f: (share[f], name(f)))
-    n = min(max(sum(s < valid for s in share.values()), 1), len(files) - 1)
-    held = set(ranked[:n])
-    return [f for f in files if f not in held], [f for f in files if f in held]
+    __hash__ = None
 
 
 class Corpus:
     """Tokenised documents, one after the other, on disk.
 
     tokens    uint16 or uint32 [N], a memory map; every document ends with the tokenizer's eos
-    offsets   int64 [D + 1]: document d is tokens[offsets[d] : offsets[d + 1]]
-    names     [D] str, for reports
+    offsets   int64 [D + 1], a memory map: document d is tokens[offsets[d] : offsets[d + 1]]
+    names     [D] str, for reports; a Names
+    origin    int32 [D], a memory map: which of the sources it was built from a document is of
     skipped   paths that held no UTF-8 text
     """
 
-    def __init__(self, tokens, offsets, names, skipped=()):
+    FILES = ("tokens", "offsets", "names", "ends", "origin")
+
+    def __init__(self, tokens, offsets, names, skipped=(), origin=None):
         self.tokens, self.offsets = tokens, np.asarray(offsets, np.int64)
-        self.names, self.skipped = list(names), list(skipped)
+        self.names, self.skipped = names, list(skipped)
+        self.origin = np.zeros(len(names), np.int32) if origin is None else origin
 
     @classmethod
     def build(cls, paths, tokenizer, cache_dir):
-        """Tokenise what `documents` finds, or take it from the cache.
+        """Tokenise what `streams` finds, or take it from the cache.
 
-        The cache depends on the tokenizer and on every file's path, size and time, never on how rows will be cut. One text
-        at a time is held in memory. Raises Refused as `documents` does, or if the tokenizer has no eos.
+        The cache depends on the tokenizer and on every file's path, size and time, never on how rows will be cut. A text passes
+        through in pieces, if the tokenizer's `pieces` can cut it. Raises Refused as `streams` does, or if the tokenizer has no eos.
         """
         if tokenizer.eos_id is None:
             raise Refused("this tokenizer has no eos token to end a document with: name one as eos_token in tokenizer_config.json")
-        files = expand(paths)
-        stats = [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        key = hashlib.sha256(repr((FORMAT, tokenizer.fingerprint, stats)).encode()).hexdigest()[:24]
+        sources = expand(paths)
+        stamps = [stamp(s) for s in sources]
+        key = hashlib.sha256(repr((FORMAT, tokenizer.fingerprint, tokenizer.template, stamps)).encode()).hexdigest()[:24]
         place = Path(cache_dir) / key
         corpus = cls.open(place)
         if corpus is None:
             # written beside and renamed when complete: nobody ever reads half a cache
             fresh = place.with_name(f"{key}.{os.getpid()}")
             try:
-                cls.write(fresh, files, tokenizer, sum(size for _, size, _ in stats))
+                cls.write(fresh, sources, tokenizer, sum(size for *_, facts in stamps for _, size, _ in facts))
                 if cls.open(place) is None:
                     shutil.rmtree(place, ignore_errors=True)
                     os.rename(fresh, place)
@@ -154,21 +102,38 @@ class Corpus:
             corpus = cls.open(place)
         return corpus
 
-    @staticmethod
-    def write(place, files, tokenizer, size):
+    @classmethod
+    def write(cls, place, sources, tokenizer, size):
         place.mkdir(parents=True, exist_ok=True)
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        offsets, names, skipped, crc = [0], [], [], 0
-        with open(place / "tokens", "wb") as out, tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", leave=False) as bar:
-            for name, text in documents(files, skipped):
-                data = np.append(tokenizer.encode(text), tokenizer.eos_id).astype(dtype).tobytes()
-                out.write(data)
-                crc = zlib.crc32(data, crc)
-                offsets.append(offsets[-1] + len(data) // dtype.itemsize)
-                names.append(name)
-                bar.update(len(text.encode()))
-                bar.set_postfix(tokens=offsets[-1], refresh=False)
-        about = {"dtype": dtype.name, "crc": crc, "offsets": offsets, "names": names, "skipped": skipped}
+        skipped, crc, end, ends = [], dict.fromkeys(cls.FILES, 0), 0, 0
+
+        with ExitStack() as stack:
+            out = {name: stack.enter_context((place / name).open("wb")) for name in cls.FILES}
+            bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", leave=False))
+
+            def put(name, data):
+                out[name].write(data)
+                crc[name] = zlib.crc32(data, crc[name])
+
+            def counted(text):
+                for chunk in text:
+                    bar.update(len(chunk.encode()))
+                    yield chunk
+
+            put("offsets", np.int64(0).tobytes())
+            for i, name, text in streams(sources, skipped):
+                for ids in [encode(tokenizer, text)] if isinstance(text, list) else tokenizer.pieces(counted(text)):
+                    put("tokens", ids.astype(dtype).tobytes())
+                    end += len(ids)
+                put("tokens", np.array(tokenizer.eos_id, dtype).tobytes())
+                end, ends = end + 1, ends + len(name.encode())
+                put("offsets", np.int64(end).tobytes())
+                put("names", name.encode())
+                put("ends", np.int64(ends).tobytes())
+                put("origin", np.int32(i).tobytes())
+                bar.set_postfix(tokens=end, refresh=False)
+        about = {"dtype": dtype.name, "crc": crc, "skipped": skipped}
         (place / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
     @classmethod
@@ -176,12 +141,15 @@ class Corpus:
         """The Corpus in a cache folder; None where there is none, or a damaged one."""
         try:
             about = json.loads((place / "about.json").read_text(encoding="utf-8"))
-            tokens = np.memmap(place / "tokens", np.dtype(about["dtype"]), mode="r")
-            crc = 0
-            for at in range(0, len(tokens), 1 << 24):
-                crc = zlib.crc32(tokens[at : at + (1 << 24)], crc)
-            whole = len(tokens) == about["offsets"][-1] and crc == about["crc"] and len(about["names"]) == len(about["offsets"]) - 1
-            return cls(tokens, about["offsets"], about["names"], about["skipped"]) if whole else None
+            kinds = {"tokens": about["dtype"], "offsets": np.int64, "names": np.uint8, "ends": np.int64, "origin": np.int32}
+            found = {name: np.memmap(place / name, kinds[name], mode="r") for name in cls.FILES}
+            for name, array in found.items():
+                crc = 0
+                for at in range(0, len(array), 1 << 24):
+                    crc = zlib.crc32(array[at : at + (1 << 24)], crc)
+                if crc != about["crc"][name]:
+                    return None
+            return cls(found["tokens"], found["offsets"], Names(found["names"], found["ends"]), about["skipped"], found["origin"])
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
 
@@ -194,6 +162,33 @@ class Corpus:
         median, longest = (int(np.median(sizes)), int(sizes.max())) if len(sizes) else (0, 0)
         missing = f"; {len(self.skipped)} files skipped, not UTF-8 text" if self.skipped else ""
         return f"{len(self):,} documents, {int(sizes.sum()):,} tokens: median {median:,}, longest {longest:,}{missing}"
+
+    def fitness(self, length, draws=None):
+        """(a line on how the documents' lengths lie to rows of `length` tokens, the share of tokens with half a row of their own document
+        before them). draws: see `draws`. Half of a row's tokens at most can have that much in their row, and do in endless documents."""
+        sizes, half = np.diff(self.offsets), length // 2
+        weight = np.ones(len(sizes)) if draws is None else draws
+        total = max(1, (weight * sizes).sum())
+        long = (weight * sizes)[sizes >= length].sum() / total
+        past = (weight * np.maximum(sizes - half, 0)).sum() / total
+        tenths = ", ".join(f"{q}%: {int(x):,}" for q, x in zip((10, 50, 90, 99), np.quantile(sizes, (0.1, 0.5, 0.9, 0.99))))
+        drawn = "" if draws is None else ", as they are drawn,"
+        line = f"documents by length in tokens: {tenths}; {long:.0%} of all tokens{drawn} are in documents of {length:,} or more"
+        return f"{line}, and {past:.0%} have {half:,} of their document before them", past
+
+    def draws(self, length, times, part=None):
+        """How often an epoch draws each document, float64 [D], if those of at least `length` tokens are upsampled.
+
+        Within a part, documents of at least `length` tokens are drawn `times` as often as the others; each part keeps its share of the
+        tokens (per-source length upsampling, Fu et al. 2024, arXiv:2402.10171), and no document is drawn less than once. part: int [D],
+        which part a document is of; None: all are of one, whose long documents are drawn `times` times and the others once.
+        Of a part with N tokens, L of them in long documents: U = N + (times - 1) L, and g = max over parts of U / N, over its own U / N.
+        """
+        sizes = np.diff(self.offsets)
+        part = np.zeros(len(sizes), int) if part is None else part
+        want = np.where(sizes >= length, float(times), 1.0)
+        grown = np.bincount(part, want * sizes) / np.maximum(np.bincount(part, sizes), 1)
+        return want * (grown.max() / grown[part])
 
 
 class Batch(NamedTuple):
@@ -212,16 +207,17 @@ class Batch(NamedTuple):
 class Batches:
     """Rows of `length` tokens for ever: documents in a new order each epoch, end to end, epoch after epoch.
 
-    The order depends on seed and epoch alone, so `state()` is a handful of ints, and `restore` gives exactly the batches that
-    would have followed; batch and length may differ from then on (a length curriculum). Raises Refused for an empty corpus.
+    The order depends on seed, epoch and draws alone, so `state()` is a handful of ints, and `restore` gives exactly the batches that
+    would have followed; batch and length may be set anew at any time (a length curriculum). draws: how often an epoch draws each
+    document (Corpus.draws), float [D]; what is over a whole number is drawn once more by chance. Raises Refused for an empty corpus.
     """
 
-    def __init__(self, corpus, batch, length, seed=0, shuffle=True):
+    def __init__(self, corpus, batch, length, seed=0, shuffle=True, draws=None):
         if not len(corpus):
             raise Refused("the corpus has no document: name files that hold text")
         if batch < 1 or length < 1:
             raise Refused(f"a batch of {batch} rows of {length} tokens is empty: both must be at least 1")
-        self.corpus, self.batch, self.length, self.seed, self.shuffle = corpus, batch, length, seed, shuffle
+        self.corpus, self.batch, self.length, self.seed, self.shuffle, self.draws = corpus, batch, length, seed, shuffle, draws
         self.place = (0, 0, 0)  # epoch, how many documents into it, how many tokens into that document
         self.known = None, None
 
@@ -265,10 +261,13 @@ class Batches:
         self.place = (0, 0, 0)
 
     def order(self, epoch):
-        """The documents of an epoch in order, int [D]."""
+        """The documents of an epoch in order, int [D], or as many as are drawn."""
         if self.known[0] != epoch:
-            n = len(self.corpus)
-            self.known = epoch, np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else np.arange(n)
+            random, which = np.random.default_rng([self.seed, epoch]), np.arange(len(self.corpus))
+            if self.draws is not None:
+                whole = np.floor(self.draws)
+                which = np.repeat(which, (whole + (random.random(len(which)) < self.draws - whole)).astype(int))
+            self.known = epoch, random.permutation(which) if self.shuffle else which
         return self.known[1]
 
     def blank(self):
@@ -280,7 +279,8 @@ class Batches:
         tokens, targets, begin, names = self.blank()
         at = 0
         while at < self.length and only in (None, epoch):
-            d = self.order(epoch)[rank]
+            order = self.order(epoch)
+            d = order[rank]
             first, end = corpus.offsets[d] + inside, corpus.offsets[d + 1]
             n = int(min(self.length - at, end - first))
             # one more than the row takes: the last token's target
@@ -292,7 +292,7 @@ class Batches:
             at, inside = at + n, inside + n
             if first + n == end:
                 rank, inside = rank + 1, 0
-            if rank == len(corpus):
+            if rank == len(order):
                 epoch, rank = epoch + 1, 0
         begin[at:] = at
         return (tokens, targets, begin, names), (epoch, rank, inside)

@@ -68,7 +68,7 @@ def texts(files, tokenizer, longest, documents, bos):
     """(name, tokens) of the first documents that have the longest length, cut to it; None: whole ones. Raises Refused if none."""
     seen, most = 0, 0
     for name, text in data.documents(files):
-        tokens = tokenizer.encode(text, bos)
+        tokens = data.encode(tokenizer, text, bos)
         most = max(most, len(tokens))
         if len(tokens) >= (longest or 2):
             seen += 1
@@ -189,7 +189,12 @@ def arguments():
     add("--json", type=Path, metavar="FILE", help="write the whole result, with every raw answer or the loss by position")
     add("--plot", type=Path, metavar="FILE", help="draw the loss by position or the passkey grid: .png, .pdf or .svg (needs matplotlib)")
     add = parser.add_argument_group("perplexity").add_argument
-    add("--data", nargs="+", metavar="PATH", help="texts, folders, globs, .jsonl (default: held-out files of the default corpus)")
+    add(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="texts, folders, .jsonl, repo:, hub: (default: held-out files of the default corpus)",
+    )
     add("--documents", type=cli.whole, help="read so many documents that are long enough (default: all of --data, else 4)")
     add("--bos", action=argparse.BooleanOptionalAction, help="begin documents with the bos token (default: as the model's tokenizer does)")
     add = parser.add_argument_group("passkey").add_argument

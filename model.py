@@ -88,6 +88,11 @@ class Config:
                 f"config.json: {H} query heads cannot share {self.num_key_value_heads} key heads evenly: one must divide the other"
             )
 
+    @property
+    def original_length(self):
+        """Tokens that the model was made for before its positions were stretched."""
+        return rope.original(self.hf, self.max_position_embeddings)
+
     @classmethod
     def from_hf(cls, hf):
         """From the contents of a config.json. Raises Refused, naming what differs, if this is not a Llama."""
@@ -216,18 +221,25 @@ class Decoder(Module):
     def __init__(self, c):
         super().__init__()
         L, heads = c.num_hidden_layers, {"n_head": c.num_attention_heads, "n_kv_head": c.num_key_value_heads}
-        chosen = ("attention", c.attn), ("memory", c.memory), ("positions", c.pos)
-        rules, memories, schemes = (plugins.tile(*what, L, **heads) for what in chosen)
-        # one instance for all layers that feel distance alike, unless each has weights of its own
-        alone = lambda i, p: i if getattr(p.module, "per_layer", lambda o: False)(p.options) else None
-        which = [(p.name, p.options, alone(i, p)) for i, p in enumerate(schemes)]
-        distinct = list(dict.fromkeys(which))
+        rules, memories = (plugins.tile(*what, L, **heads) for what in (("attention", c.attn), ("memory", c.memory)))
         self.embed_tokens = ops.Embedding(c.vocab_size, c.hidden_size)
         self.layers = ModuleList([Block(c, rule, remember(m, rule, c)) for rule, m in zip(rules, memories)])
         self.norm = ops.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.positions = ModuleList([build(schemes[which.index(d)], "Position", c) for d in distinct])
-        self.feels = tuple(map(distinct.index, which))
+        self.positions = ModuleList([])
+        self.feel(c)
         self.run = ops.call  # how a block is called: compiled, or recomputed in the backward pass (ops.fast_call, ops.checkpoint)
+
+    def feel(self, c):
+        """Let the layers feel distance as c.pos says; a scheme that was there before keeps its weights."""
+        schemes = plugins.tile("positions", c.pos, len(self.layers), n_head=c.num_attention_heads, n_kv_head=c.num_key_value_heads)
+        # one instance for all layers that feel distance alike, unless each has weights of its own
+        alone = lambda i, p: i if getattr(p.module, "per_layer", lambda o: False)(p.options) else None
+        which = [(p.name, p.options, alone(i, p)) for i, p in enumerate(schemes)]
+        distinct, before = list(dict.fromkeys(which)), list(self.positions)
+        now = [build(schemes[which.index(d)], "Position", c) for d in distinct]
+        same = lambda i, p: i < len(before) and type(before[i]) is type(p) and before[i].o == p.o
+        self.positions = ModuleList([before[i] if same(i, p) else p for i, p in enumerate(now)])
+        self.feels = tuple(map(distinct.index, which))
 
     def patterns(self, training):
         """Patterns made for training only (LongLoRA's s2) stand in training alone: in use they are full attention. Memories are
@@ -363,6 +375,11 @@ class Llama(Module):
         """Let the observers learn. seen: of each the array that it left in its layer's state, summed over the rows of a step."""
         for memory, x in zip(self.observers().values(), seen):
             memory.learn(x)
+
+    def feel(self, pos):
+        """Feel distance by another spelling of --pos from now on."""
+        self.config = dataclasses.replace(self.config, pos=pos)
+        self.model.feel(self.config)
 
     def still(self, state):
         """The same state with static shapes and no number that only the host knows: for a step that is one graph."""

@@ -10,6 +10,7 @@ from_tiktoken(tokenizer_model, folder)    # Meta Llama 3's own file -> the same
 """
 
 import codecs
+import functools
 import hashlib
 import json
 import re
@@ -104,7 +105,7 @@ class Fast:
             self.table[i] = added[i]["content"].encode() if i in added else self.spell(token)
         self.strip = not self.byte_level and ('"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder))
         self.begins = self.run.encode("", add_special_tokens=True).ids[:1]
-        self.cut, self.skip = self.safe_cut(spec, added)
+        self.cut = self.safe_cut(spec, added)
         # does a text right after a special token get sentencepiece's space in front, as a text at the beginning does?
         mark = next(iter(self.special.values()), "")
         self.same_after = self.byte_level or self.ids([mark + "x"], special=True)[0][1:] == self.ids(["x"])[0]
@@ -116,22 +117,23 @@ class Fast:
         return token.encode() if self.byte_level else piece_bytes(token)
 
     def safe_cut(self, spec, added):
-        """Where a long text may be cut so that the parts' tokens, joined, are the whole's: (regex or None, characters to drop).
+        """Where a long text may be cut so that the parts' tokens, joined, are the whole's: a regex, or None.
 
         Before a space that follows a visible character: no token of the vocabulary reaches over such a place (checked here,
         token by token), so no merge does, and the patterns that split words look ahead only from white space. Byte-level
         vocabularies may also be cut after a lone newline before a letter, for scripts without spaces. Sentencepiece puts a
-        space in front of whatever it is given, so there the cut swallows the space. A vocabulary that fails is never cut.
+        space in front of whatever it is given, so there the regex matches the space, and the cut swallows it.
+        A vocabulary that fails is never cut.
         """
         kinds = set(re.findall(r'"type": "(\w+)"', json.dumps(spec.get("normalizer"))))
         over = re.compile(r"[^\s\ufffd] |\n[^\W_]" if self.byte_level else r"[^\s\ufffd] ")
         reaches = any(over.search(token.decode("utf-8", "replace")) for token in self.table)
         if reaches or not kinds <= {"Sequence", "Prepend", "Replace", "NFC"} or any(t.get("rstrip") for t in added.values()):
-            return None, 0
+            return None
         if self.byte_level:
-            return re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\W_])"), 0
+            return re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\W_])")
         one, two = self.ids(["x", "x x"])
-        return (re.compile(r"(?<=[^\s▁]) (?=[^\s▁])"), 1) if one + one == two else (None, 0)
+        return re.compile(r"(?<=[^\s▁]) (?=[^\s▁])") if one + one == two else None
 
     def find(self, token):
         return self.run.token_to_id(token)
@@ -144,7 +146,7 @@ class Fast:
 class SentencePiece:
     """A tokenizer.model, run by the `sentencepiece` library, which is quick on long texts and never parses special tokens."""
 
-    byte_level, same_after, strip, cut, skip = False, False, True, None, 0
+    byte_level, same_after, strip, cut = False, False, True, None
 
     def __init__(self, path):
         import sentencepiece
@@ -223,22 +225,47 @@ class Tokenizer:
         ten characters like any others, so a document or a user cannot end a turn. Long texts are cut where it is safe and
         encoded in parallel.
         """
+        if special and isinstance(self.run, SentencePiece):
+            return np.asarray(self.head(bos) + self.parse(text, self.specials()), np.int32)
+        return np.concatenate([np.zeros(0, np.int32), *self.pieces([text], bos, special)])
+
+    def pieces(self, chunks, bos=None, special=False):
+        """The ids of `encode`, int32 arrays one after the other, of a text that comes as an iterable of strings.
+
+        What is held at a time is a chunk and the ids of some million characters, or the whole text if this vocabulary may not be cut
+        (`run.cut` is None: sentencepiece's own tokenizer.model, and a tokenizer.json whose tokens reach over spaces).
+        """
+        yield np.asarray(self.head(bos), np.int32)
+        rest, cut, chunks = "", self.run.cut, iter(chunks)
+        if cut is None:
+            rest, chunks = "".join(chunks), iter(())
+        while True:
+            group, done, chunk = [], 0, next(chunks, None)
+            rest += chunk or ""
+            while cut and len(rest) - done > 2 * PIECE and (found := cut.search(rest, done + PIECE)):
+                group.append(rest[done : found.start()])
+                # sentencepiece puts back the space that the cut swallows
+                done = found.end()
+                # a group at a time bounds the memory: the library holds far more than an id per token
+                if len(group) == 64:
+                    yield from self.encoded(group, special)
+                    group = []
+            rest = rest[done:]
+            if chunk is None and rest:
+                group.append(rest)
+            if group:
+                yield from self.encoded(group, special)
+            if chunk is None:
+                return
+
+    def head(self, bos):
+        """The ids that a text begins with."""
         if bos and self.bos_id is None:
             raise Refused(f"the tokenizer in {self.folder} has no bos token: encode without bos")
-        head = [self.bos_id] if (self.adds_bos if bos is None else bos) else []
-        if special and isinstance(self.run, SentencePiece):
-            return np.asarray(head + self.parse(text, self.specials()), np.int32)
-        parts, done = [np.asarray(head, np.int32)], 0
-        while done < len(text):
-            pieces = []
-            # a group at a time bounds the memory: the library holds far more than an id per token
-            while done < len(text) and len(pieces) < 64:
-                found = self.run.cut and len(text) - done > 2 * PIECE and self.run.cut.search(text, done + PIECE)
-                end = found.start() if found else len(text)
-                pieces.append(text[done:end])
-                done = end + (self.run.skip if found else 0)
-            parts += [np.asarray(ids, np.int32) for ids in self.run.ids(pieces, special)]
-        return np.concatenate(parts)
+        return [self.bos_id] if (self.adds_bos if bos is None else bos) else []
+
+    def encoded(self, texts, special):
+        return (np.asarray(ids, np.int32) for ids in self.run.ids(texts, special))
 
     def specials(self):
         """Matches any special token; longer ones first, so none hides behind its own beginning."""
@@ -273,6 +300,10 @@ class Tokenizer:
     def has_chat(self):
         return self.template is not None
 
+    @functools.cached_property
+    def compiled(self):
+        return chat_environment().from_string(self.template)
+
     def chat(self, messages, generate=True):
         """The ids (int32 [N]) of a conversation, [{"role": ..., "content": ...}, ...], through the model's own chat template.
 
@@ -283,8 +314,7 @@ class Tokenizer:
             raise Refused(f"the tokenizer in {self.folder} has no chat template: give plain text, or an instruction-tuned model")
         specials, named = self.specials(), {k: v for k, v in self.tokens.items() if v is not None}
         try:
-            template = chat_environment().from_string(self.template)
-            text = template.render(messages=mark(messages, specials), add_generation_prompt=generate, tools=None, **named)
+            text = self.compiled.render(messages=mark(messages, specials), add_generation_prompt=generate, tools=None, **named)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as no:
             raise Refused(f"the chat template in {self.folder} refuses these messages: {no}") from None
         if OPEN not in text and CLOSE not in text:

@@ -4,6 +4,7 @@
     python train.py --model checkpoints/mine --data books/ --length 32k --batch 8
     python train.py --init config.json --data books/        # random weights of this config; the tokenizer is --model's
     python train.py --attn window:window=512 --length 64k --segment 2k --memory window:budget=511    # a row in segments
+    python train.py --data repos:src/ --curriculum 4k,8k,32k --pos yarn:factor=auto    # longer and longer rows: see curriculum.py
     python train.py --resume out/SmolLM2-135M-Instruct-longformer
 
 Losses are in nats a token: summed over the target tokens of a whole step, divided by their number, however the rows are split.
@@ -23,9 +24,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 from tqdm import tqdm
 
 import cli
+import curriculum
 import data
 import errors
 import plugins
@@ -41,20 +44,11 @@ DEFAULTS = {
     "mac": {"length": 4096, "batch": 4, "steps": 100, "warmup": 10, "valid_rows": 8, "checkpoint": True},
     "cuda": {"length": 8192, "batch": 8, "steps": 200, "warmup": 20, "valid_rows": 16, "checkpoint": True},
 }
-COMMON = {
-    "micro": 1,
-    "lr": 1e-4,
-    "weight_decay": 0.1,
-    "clip": 1.0,
-    "seed": 0,
-    "adapter": "full",
-    "keep": 2,
-    "offload": False,
-    "loss_chunk": 2048,
-}
+COMMON = {"micro": 1, "lr": 1e-4, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "adapter": "full", "keep": 2, "offload": False}
+COMMON |= {"loss_chunk": 2048, "upsample": 1, "rewarm": 0}
 UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "device", "dtype", "segment", "bptt", "min_lr")
-UNSET += ("eval_every", "save_every", "out", "mlp_tile")
-POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk")
+UNSET += ("eval_every", "save_every", "out", "mlp_tile", "curriculum", "stages")
+POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk", "upsample")
 # what a resumed run may change: nothing that moves its losses
 FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload", "loss_chunk", "mlp_tile"}
 
@@ -70,9 +64,19 @@ def parse(argv=None):
     p = cli.Parser(prog="train.py", description=about, argument_default=argparse.SUPPRESS)
     cli.add_model_flags(p)
     p.add_argument("--init", metavar="CONFIG.json", help="start from random weights of this config; the tokenizer is --model's")
-    p.add_argument("--data", nargs="+", metavar="PATH", help="files, folders, globs, .jsonl (default: Python's own library)")
+    p.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="files, folders, globs, .jsonl, repo:, hub: (see sources.py; default: Python's own library)",
+    )
     p.add_argument("--valid", nargs="+", metavar="PATH", help="held-out texts (default: a twentieth of the data's files)")
+    p.add_argument("--upsample", type=cli.whole, metavar="K", help="draw documents of --length or more tokens K times as often as others")
     p.add_argument("--length", type=cli.whole, help="tokens a row; 4k is 4096")
+    p.add_argument(
+        "--curriculum", metavar="STAGES", help="lengths one after the other: 4k,8k,32k or, with steps, 4k:100,32k:50; see curriculum.py"
+    )
+    p.add_argument("--rewarm", type=cli.whole, metavar="STEPS", help="steps of rising lr at each change of --curriculum (default 0)")
     p.add_argument(
         "--segment", type=cli.whole, help="read a row in pieces of so many tokens, --memory carrying the past from one to the next"
     )
@@ -100,7 +104,7 @@ def parse(argv=None):
     p.add_argument("--resume", metavar="OUT", help="go on from a run's newest checkpoint, with the arguments that it began with")
     given = vars(p.parse_args(argv))
     given |= {k: os.path.abspath(given[k]) for k in ("model", "init", "out") if k in given}
-    return given | {k: [os.path.abspath(path) for path in given[k]] for k in ("data", "valid") if k in given}
+    return given | {k: [data.absolute(path) for path in given[k]] for k in ("data", "valid") if k in given}
 
 
 def depth(text):
@@ -123,15 +127,20 @@ def settle(given):
     """All arguments of a new run: those given and the defaults. Raises Refused for what cannot be trained so."""
     kind = ops.use(given.get("device"))
     a = dict.fromkeys(UNSET) | COMMON | DEFAULTS[kind if kind == "cpu" else "cuda" if "cuda" in kind else "mac"]
-    a["warmup"] = min(a["warmup"], given.get("steps", a["steps"]))
     a |= given | {"backend": ops.BACKEND}
+    a["stages"] = curriculum.stages(a)
+    for k, ours in (("length", a["stages"][-1].length), ("steps", a["stages"][-1].last)) if a["curriculum"] else ():
+        if given.get(k, ours) != ours:
+            raise Refused(f"--{k} {given[k]} contradicts --curriculum {a['curriculum']}, which says {ours}: leave it out")
+        a[k] = ours
+    a["warmup"] = given.get("warmup", min(a["warmup"], a["steps"]))
     a["min_lr"] = a["lr"] / 10 if a["min_lr"] is None else a["min_lr"]
     a["eval_every"] = a["eval_every"] or max(1, a["steps"] // 4)
     a["save_every"] = a["save_every"] or a["eval_every"]
     for k in POSITIVE:
         if not 0 < a[k] < math.inf:
             raise Refused(f"{flag(k)} {a[k]} is not possible: it must be above 0")
-    for k, top in (("warmup", a["steps"]), ("min_lr", a["lr"]), ("weight_decay", 1 / a["lr"])):
+    for k, top in (("warmup", a["steps"]), ("rewarm", a["steps"]), ("min_lr", a["lr"]), ("weight_decay", 1 / a["lr"])):
         if not 0 <= a[k] <= top:
             raise Refused(f"{flag(k)} {a[k]} is not possible: it must be from 0 to {top:g}")
     if a["batch"] % a["micro"]:
@@ -140,11 +149,15 @@ def settle(given):
         raise Refused(f"--mlp-tile {a['mlp_tile']} is not possible: it must be above 0")
     if a["segment"] is None and (a["bptt"] is not None or a["offload"]):
         raise Refused(f"--{'offload' if a['offload'] else 'bptt'} is about the boundaries between segments: give --segment too")
+    if a["rewarm"] and not a["curriculum"]:
+        raise Refused(f"--rewarm {a['rewarm']} is about the changes of a --curriculum: give that too")
     if a["segment"] is not None and not 0 < a["segment"] < a["length"]:
         raise Refused(f"--segment {a['segment']} is not possible: it must be above 0 and below --length {a['length']}")
+    if a["segment"] is not None and any(a["segment"] > stage.length for stage in a["stages"]):
+        raise Refused(f"--segment {a['segment']} is longer than rows of --curriculum {a['curriculum']}: the shortest may be one segment")
     if a["dtype"] == "float16":
         raise Refused("--dtype float16 would lose small gradients: train in bfloat16 or float32")
-    cli.check_spelling(*(a[k] for k in ("attn", "pos", "memory", "adapter")))
+    cli.check_spelling(a["attn"], curriculum.settled(a["pos"]), a["memory"], a["adapter"])
     data.expand((a["data"] or []) + (a["valid"] or []))
     if a["init"] and not os.path.isfile(a["init"]):
         raise Refused(f"--init {a['init']} is not there: it takes a config.json")
@@ -162,6 +175,8 @@ def settle_again(given, saved):
             raise Refused(f"{flag(k)} {given[k]} {why}: leave it out, or start a new run from the checkpoint with --model")
     if saved["step"] >= a["steps"]:
         raise Refused(f"the run in {saved['out']} is complete: train further with --model {saved['folder']}")
+    # a run may be older than this list
+    a["stages"] = [curriculum.Stage(*stage) for stage in a["stages"] or curriculum.stages(a)]
     return SimpleNamespace(**{**a, **given})
 
 
@@ -170,16 +185,21 @@ def flag(name):
 
 
 def config_of(a, source):
-    """The Config to train. The mechanisms are put together here, without weights, so that what does not fit is refused early."""
+    """The Config to train, with the position scheme that the run ends with; a.stages get theirs. The mechanisms are put together here,
+    without weights, so that what does not fit is refused early."""
     config = llama.read_config(source)
     if a.init:
         try:
             config = llama.Config.from_hf({"vocab_size": config.vocab_size, **json.loads(Path(a.init).read_text())})
         except (json.JSONDecodeError, TypeError, KeyError) as no:
             raise Refused(f"--init {a.init} is no config.json: {no}") from None
-    config = llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "pos", "memory") if getattr(a, k)})
-    with ops.shapes_only():
-        model = llama.Llama(config)
+    config = llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "memory") if getattr(a, k)})
+    pos = lambda stage: stage.pos or curriculum.stretched(a.pos or config.pos, stage.length, config)
+    a.stages = [stage._replace(pos=pos(stage)) for stage in a.stages]
+    for stage in a.stages:
+        config = llama.dataclasses.replace(config, pos=stage.pos)
+        with ops.shapes_only():
+            model = llama.Llama(config)
     if a.segment:
         a.bptt = reach(model, a)
         for line in cli.lost(model):
@@ -202,7 +222,8 @@ def reach(model, a):
 
 
 def build(a, config, source, fresh):
-    """(model, tokenizer), ready to train: what trains in float32, what is frozen in the dtype of the activations."""
+    """(model, tokenizer), ready to train: what trains in float32, what is frozen in the dtype of the activations. Distance is felt as
+    the config says."""
     adapter = plugins.parse("adapters", a.adapter)
     if fresh and a.init:
         with ops.shapes_only():
@@ -210,7 +231,7 @@ def build(a, config, source, fresh):
         model, tokenizer = model.init(a.seed), llama.tokenizers.load(source)
         adapter.module.apply(model, adapter.options)
     else:
-        model, tokenizer = llama.load(source, a.attn, a.pos, a.memory, a.adapter, "float32", a.device)
+        model, tokenizer = llama.load(source, a.attn, config.pos, a.memory, a.adapter, "float32", a.device)
     if tokenizer.vocab_size > config.vocab_size:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} tokens, but the config's vocab_size is {config.vocab_size}")
     model.dtype, model.model.run, model.chunk = llama.as_dtype(a.dtype), ops.checkpoint if a.checkpoint else ops.call, a.loss_chunk
@@ -228,10 +249,16 @@ def build(a, config, source, fresh):
 
 
 def corpora(a, tokenizer):
-    """The training corpus and the held-out one."""
-    files = data.expand(a.data) if a.data else data.default_corpus()
-    train, valid = (files, a.valid) if a.valid else data.split(files)
-    return [data.Corpus.build(paths, tokenizer, CACHE) for paths in (train, valid)]
+    """The training corpus, the held-out one, and how often an epoch draws each document of the first (None: once)."""
+    sources = data.expand(a.data) if a.data else data.default_corpus()
+    train, valid = (sources, a.valid) if a.valid else data.split(sources)
+    corpus, held_out = (data.Corpus.build(paths, tokenizer, CACHE) for paths in (train, valid))
+    if a.upsample == 1:
+        return corpus, held_out, None
+    # each argument of --data keeps its share of the tokens
+    part = {source: i for i, path in enumerate(a.data or ()) for source in data.expand(path)}
+    of = np.array([part.get(source, 0) for source in train])
+    return corpus, held_out, corpus.draws(a.length, a.upsample, of[corpus.origin])
 
 
 def nats(model, batch):
@@ -303,11 +330,12 @@ def train(a, saved):
     config = config_of(a, source)
     remarks(a, config)
     ops.seed(a.seed)
-    model, tokenizer = build(a, config, source, fresh)
-    corpus, held_out = corpora(a, tokenizer)
-    batches = data.Batches(corpus, a.batch, a.length, a.seed)
-    optimizer = ops.AdamW(model, (0.9, 0.95), 1e-8, a.weight_decay)
     state = {"step": 0, "tokens": 0} if fresh else {k: saved[k] for k in ("step", "tokens")}
+    stage = curriculum.at(a.stages, state["step"] + 1)
+    model, tokenizer = build(a, llama.dataclasses.replace(config, pos=stage.pos), source, fresh)
+    corpus, held_out, draws = corpora(a, tokenizer)
+    batches = data.Batches(corpus, stage.batch, stage.length, a.seed, draws=draws)
+    optimizer = ops.AdamW(model, (0.9, 0.95), 1e-8, a.weight_decay)
     state |= {"tokenizer": tokenizer.fingerprint, "arguments": vars(a)}
     if not fresh:
         if saved["tokenizer"] != tokenizer.fingerprint:
@@ -320,30 +348,37 @@ def train(a, saved):
         rundir.replace(out / "trainer.json", json.dumps(state, indent=2) + "\n")
     metrics = rundir.Metrics(out, state["step"])
     if not metrics.series("valid_loss"):
-        metrics.add(step=0, valid_loss=evaluate(model, held_out, a))
+        metrics.add(step=0, length=stage.length, valid_loss=evaluate(model, held_out, stage.of(a)))
+    fitness(corpus, a, draws)
     print(f"{out}: {corpus.report()}; validation loss {metrics.series('valid_loss')[-1][1]:.4f} at step {state['step']} of {a.steps}")
 
     leave = listen()
     with tqdm(total=a.steps, initial=state["step"], unit="step", dynamic_ncols=True) as bar:
         for step in range(state["step"] + 1, a.steps + 1):
-            start, lr, batch = time.perf_counter(), lr_at(step, a), batches.next()
-            loss, norm, n = train_step(model, optimizer, batch, a.micro, a.clip, lr, a.segment, a.bptt, a.offload)
-            seconds, last = time.perf_counter() - start, step == a.steps
+            if step > stage.last:
+                stage = curriculum.at(a.stages, step)
+                batches.batch, batches.length = stage.batch, stage.length
+                model.feel(stage.pos)
+                tqdm.write(str(stage))
+            start, lr, batch = time.perf_counter(), lr_at(step, a) * stage.warmth(step, a.rewarm), batches.next()
+            loss, norm, n = train_step(model, optimizer, batch, stage.micro, a.clip, lr, a.segment, a.bptt, a.offload)
+            seconds, last, ends = time.perf_counter() - start, step == a.steps, step == stage.last
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 texts = ", ".join(sorted({name for row in batch.names for name in row}))
                 raise rundir.Stop(f"step {step}: loss {loss}, gradient norm {norm}, on a batch of {texts}{rundir.last_good(out)}")
             state |= {"step": step, "tokens": state["tokens"] + n, "data": batches.state()}
             speed, peak = {"tokens_per_second": n / seconds, "seconds": seconds}, peak_memory()
-            metrics.add(step=step, tokens=state["tokens"], loss=loss, lr=lr, grad_norm=norm, **speed, peak_memory=peak)
+            line = {"step": step, "length": stage.length}
+            metrics.add(**line, tokens=state["tokens"], loss=loss, lr=lr, grad_norm=norm, **speed, peak_memory=peak)
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n / seconds:.0f} tokens/s, peak {peak / 2**30:.1f} GiB")
-            if last or step % a.eval_every == 0:
-                metrics.add(step=step, valid_loss=evaluate(model, held_out, a))
+            if ends or step % a.eval_every == 0:
+                metrics.add(**line, valid_loss=evaluate(model, held_out, stage.of(a)))
                 tqdm.write(f"step {step}: validation loss {metrics.lines[-1]['valid_loss']:.4f}")
                 if not math.isfinite(metrics.lines[-1]["valid_loss"]):
                     raise rundir.Stop(f"step {step}: the validation loss is not finite any more{rundir.last_good(out)}")
             stop = leave()
-            if last or stop or step % a.save_every == 0:
+            if ends or stop or step % a.save_every == 0:
                 # the tokenizer's files come from the checkpoint before: the one that was resumed may be gone by now
                 source = rundir.save(out, state, a.keep, lambda folder, source=source: write(model, optimizer, folder, source))
             if stop:
@@ -353,7 +388,8 @@ def train(a, saved):
         return 130
     metrics.plot()
     (_, before), *_, (_, after) = metrics.series("valid_loss")
-    print(f"validation loss {before:.4f} -> {after:.4f} in {a.steps} steps; the checkpoint is {source}")
+    lengths = f" (rows of {a.stages[0].length:,}, then of {stage.length:,})" if a.curriculum else ""
+    print(f"validation loss {before:.4f} -> {after:.4f}{lengths} in {a.steps} steps; the checkpoint is {source}")
     print(f"use it: python generate.py --model {source}")
     return 0
 
@@ -382,9 +418,23 @@ def new_out(a, source):
     return out
 
 
+def fitness(corpus, a, draws):
+    """Say how long the documents are, and whether that is enough for rows of --length."""
+    line, share = corpus.fitness(a.length, draws)
+    print(line)
+    if share < 0.5:
+        short = f"only {share:.0%} of the tokens have {a.length // 2:,} tokens of their document before them, half of --length {a.length}"
+        print(
+            f"warning: {short}; below 50% a model seldom sees such distances: longer texts, --upsample or a shorter --length",
+            file=sys.stderr,
+        )
+    if a.upsample > 1 and not (np.diff(corpus.offsets) >= a.length).any():
+        print(f"note: no document has {a.length} tokens, so --upsample changes nothing", file=sys.stderr)
+
+
 def remarks(a, config):
     """What is allowed and yet may surprise."""
-    if a.length > config.max_position_embeddings:
+    if a.length > config.max_position_embeddings and curriculum.AUTO not in (a.pos or ""):
         made = f"the model was made for {config.max_position_embeddings} tokens"
         print(f"note: --length is {a.length} and {made}: a stretched --pos (pi:factor=2) may train better", file=sys.stderr)
     if config.memory != "full" and not a.segment:

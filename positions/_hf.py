@@ -74,6 +74,9 @@ def write(c, hf):
         return hf
     name, _, _ = c.pos.partition(":")
     kind = {ours: theirs for theirs, (ours, _) in TYPES.items()}.get("rope" if name == "ntk" else name)
+    if "/" not in c.pos and kind == "longrope" and c.hf and (s := plugins.parse("positions", c.pos).options.factor):
+        # the lists stay; transformers and mlx-lm look for s in either place
+        return {**hf, **spell({**fields(hf), "factor": s}, c.rope_theta), "max_position_embeddings": round(original(hf, longest) * s)}
     if "/" in c.pos or kind in (None, "longrope"):
         return hf if c.hf else {**hf, **spell({"rope_type": "default"}, c.rope_theta)}
     o, theta = plugins.parse("positions", c.pos).options, c.rope_theta

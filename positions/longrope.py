@@ -4,12 +4,23 @@ The factors stand in the config's rope fields: `long_factor` for a model whose m
 length L, `short_factor` for any other. transformers looks at each text instead, and takes the short list up to L tokens; here
 one model has one set of frequencies, so that cached keys stay valid when a text grows past L, as in mlx-lm.
 Logits are multiplied by m^2, m = sqrt(1 + ln s / ln L), s being `factor`, or max_position_embeddings / L.
+
+The option `factor` takes the place of both: s = factor, and the long list where it is above 1.
 """
 
 import math
 
 from positions import _hf
 from positions.rope import Position as Rope
+
+
+class Options:
+    factor: float = 0.0  # s; 0: what the config says
+
+
+def check(o):
+    if o.factor and o.factor < 1:
+        raise ValueError(f"factor={o.factor} would shorten the context: it must be at least 1, or 0 for the config's")
 
 
 class Position(Rope):
@@ -20,13 +31,14 @@ class Position(Rope):
             raise ValueError(
                 f"config.json says original_max_position_embeddings {self.original!r}: it must be a number of tokens, 2 or more"
             )
+        self.longer = o.factor > 1 if o.factor else c.max_position_embeddings > self.original
         super().__init__(c, o)
-        s = self.rope.get("factor") or c.max_position_embeddings / self.original
+        s = o.factor or self.rope.get("factor") or c.max_position_embeddings / self.original
         m = self.rope.get("attention_factor") or (math.sqrt(1 + math.log(s) / math.log(self.original)) if s > 1 else 1.0)
         self.temperature = m**2
 
     def frequencies(self):
-        which = "long_factor" if self.c.max_position_embeddings > self.original else "short_factor"
+        which = "long_factor" if self.longer else "short_factor"
         factors, pairs = self.rope.get(which), self.D // 2
         if not isinstance(factors, list):
             raise ValueError(f"config.json must list {which} among its rope fields, one number for each of the {pairs} pairs")

@@ -21,7 +21,6 @@ arXiv:2305.19466, small tasks of reasoning); Transformer-XL's relative positions
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -193,7 +192,7 @@ def main(argv=None):
     shape = TOY_SHAPE if args.toy else SHAPE
     start = byte_folder(args.models.absolute() / "start", shape, args.length)
     ours = {name: args.models.absolute() / name for name in args.specs}
-    here = {"data": [os.path.abspath(f) for f in files], "valid": [os.path.abspath(f) for f in valid]}
+    here = {"data": [data.absolute(f) for f in files], "valid": [data.absolute(f) for f in valid]}
     longest = args.length * TIMES[-1]
     texts = held_out(valid, tokenizers.load(start), longest, args.read)
     settings = {k: getattr(args, k) for k in TRAINING} | {"seed": args.seed}

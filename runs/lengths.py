@@ -87,7 +87,7 @@ def texts(paths, tokenizer, length, most):
     Shorter ones are left out; raises Refused if that is all."""
     out, longest = [], 0
     for name, text in data.documents(paths):
-        tokens = tokenizer.encode(text)
+        tokens = data.encode(tokenizer, text)
         longest, n = max(longest, len(tokens)), min(len(tokens) - 1, most) // length * length
         if n:
             out.append((Path(name).name, tokens[: n + 1]))

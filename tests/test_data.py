@@ -19,14 +19,19 @@ ROOT = Path(__file__).parent.parent
 class Bytes:
     """A tokenizer whose ids are bytes; it counts what it encodes."""
 
-    vocab_size, eos_id, fingerprint = 257, 256, "bytes"
+    vocab_size, eos_id, fingerprint, template, has_chat = 257, 256, "bytes", None, False
 
     def __init__(self):
         self.texts = []
 
-    def encode(self, text):
-        self.texts.append(text)
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    def encode(self, text, bos=None):
+        return np.concatenate(list(self.pieces([text])))
+
+    def pieces(self, chunks):
+        self.texts.append("")
+        for chunk in chunks:
+            self.texts[-1] += chunk
+            yield np.frombuffer(chunk.encode(), np.uint8).astype(np.int32)
 
 
 def corpus_of(*lengths):

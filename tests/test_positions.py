@@ -232,7 +232,7 @@ def test_longrope_follows_the_length():
         ("yarn:beta_fast=1", "beta_slow must be above 0 and below beta_fast"),
         ("yarn:attention_factor=-1", "above 0, or 0 for"),
         ("yarn:truncate=maybe", "true or false"),
-        ("longrope:factor=2", "no option 'factor'"),
+        ("longrope:factor=0.5", "factor=0.5 would shorten the context"),
     ],
 )
 def test_bad_options_are_refused(spec, says):

@@ -179,6 +179,11 @@ def test_cut_equals_whole(any_tok, monkeypatch):
     for text, want in zip(texts, whole):
         got = any_tok.encode(text)
         assert got.dtype == np.int32 and np.array_equal(got, want), text[:100]
+        # the same text in chunks that begin and end anywhere
+        pieces = list(any_tok.pieces(text[i : i + 23] for i in range(0, len(text), 23)))
+        assert np.array_equal(np.concatenate(pieces), want), text[:100]
+        bounded = any_tok.run.cut and len(text) > 1000 and text.count(" ") > len(text) / 20
+        assert not bounded or max(map(len, pieces)) < 0.5 * len(want), "in pieces, not all at once"
 
 
 def test_a_vocabulary_that_reaches_over_spaces_is_never_cut(smollm, tmp_path):
