@@ -250,7 +250,7 @@ WHOLE = [
 
 def write(graph, spec, **more):
     """Logits of a text that is read, written, read on and written again."""
-    session, out, i = Session(tiny(*spec, **more), chunk=16, segment=4), [], 0
+    session, out, i = Session(tiny(*spec, vocab_size=60, **more), chunk=16, segment=4), [], 0
     session.graph = graph
     tokens = np.random.default_rng(0).integers(0, 60, 40).tolist()
     for read, wrote in ((14, 5), (3, 3)):
