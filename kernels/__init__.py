@@ -5,7 +5,8 @@ without a mask for plain causal attention of consecutive tokens, with a mask whe
 block, where the pattern leaves any: on CUDA by Triton kernels (triton_.py), elsewhere by gathering (blocks.py). A bias by distance is
 too large an array to be made at once: with one, everything but few scores goes block by block, or some queries at a time.
 NANOLONG_KERNEL=dense forces the specification, stock the fused kernel with a mask, blocks and triton those wherever they apply;
-NANOLONG_HOPPER=0 leaves out the kernels made for Hopper GPUs (hopper.py), which triton_.py prefers.
+NANOLONG_HOPPER=0 leaves out the kernels made for Hopper GPUs (hopper.py), which triton_.py prefers. A session's steps of one token have
+kernels of their own on CUDA (step.py), which do more than attention: any NANOLONG_KERNEL but auto and triton leaves these out.
 """
 
 import importlib.util

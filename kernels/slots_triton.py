@@ -189,6 +189,9 @@ def differs(rule, heads):
 def shares(K, N):
     """How many programs read the slots of one key head: about as many in all as a large GPU has processors, or twice that if there is much
     to read; a power of two."""
+    if INTERPRETED:
+        # one after the other
+        return 2
     return triton.next_power_of_2(max(1, 132 // K) // 2 + 1) * (2 if N >= 65536 else 1)
 
 

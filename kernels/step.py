@@ -1,8 +1,9 @@
 """Block.forward for one token of one text, as five kernels: queries, keys and values; attention and what is remembered; the output; gate
 and up; down.
 
-This stands above model.py, whose classes it knows, and is chosen in generate.py alone. A block whose parts are not those that are written
-anew here runs as it is written, compiled: `plain` says which. NANOLONG_KERNEL other than auto and triton switches all of it off.
+This stands above model.py, whose classes it knows, and is chosen in generate.py alone. What is not what is written anew here runs as it is
+written, compiled: attention alone where its memory, positions or projections have ways of their own (`plain`), the block where its MLP has.
+NANOLONG_KERNEL other than auto and triton switches all of it off.
 """
 
 import ops

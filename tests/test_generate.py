@@ -145,7 +145,7 @@ def test_generate_streams_counts_and_stops():
     text, stats = generate(session, Letters(), list(range(20)), 12, Sampler(temperature=0), show=shown.append)
     assert text == "".join(shown) and len(text) == stats["wrote"] == 12 and stats["read"] == 20
     # what was written but the last token has been read as well
-    assert len(session.tokens) == 31
+    assert len(session.tokens) == 31 and all(type(t) is int for t in session.tokens)
     again, _ = generate(Session(tiny(), chunk=8), Letters(), list(range(20)), 12, Sampler(temperature=0), stops=[text[4:6]])
     assert again == text[: text.find(text[4:6])]
 
