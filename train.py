@@ -41,8 +41,8 @@ DEFAULTS = {
     "mac": {"length": 4096, "batch": 4, "steps": 100, "warmup": 10, "valid_rows": 8, "checkpoint": True},
     "cuda": {"length": 8192, "batch": 8, "steps": 200, "warmup": 20, "valid_rows": 16, "checkpoint": True},
 }
-COMMON = {"micro": 1, "lr": 1e-4, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "adapter": "full", "keep": 2, "offload": False}
-UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "device", "dtype", "segment", "bptt", "min_lr")
+COMMON = {"micro": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "keep": 2, "offload": False}
+UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "adapter", "device", "dtype", "segment", "bptt", "lr", "min_lr")
 UNSET += ("eval_every", "save_every", "out")
 POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep")
 # what a resumed run may change: nothing that moves its losses
@@ -71,7 +71,7 @@ def parse(argv=None):
     p.add_argument("--batch", type=cli.whole, help="rows a step")
     p.add_argument("--micro", type=cli.whole, help="rows at a time: less memory, the same result")
     p.add_argument("--steps", type=cli.whole)
-    p.add_argument("--lr", type=float, help="at its highest, after the warm-up")
+    p.add_argument("--lr", type=float, help="at its highest, after the warm-up (default: LR in the adapter's file, for full 1e-4)")
     p.add_argument("--warmup", type=cli.whole, help="steps of rising lr; a cosine follows")
     p.add_argument("--min-lr", type=float, help="at the last step (default: a tenth of --lr)")
     p.add_argument("--weight-decay", type=float)
@@ -111,6 +111,10 @@ def settle(given):
     a = dict.fromkeys(UNSET) | COMMON | DEFAULTS[kind if kind == "cpu" else "cuda" if "cuda" in kind else "mac"]
     a["warmup"] = min(a["warmup"], given.get("steps", a["steps"]))
     a |= given | {"backend": ops.BACKEND}
+    cli.check_spelling(*(a[k] for k in ("attn", "pos", "memory", "adapter")))
+    a["adapter"] = a["adapter"] or (llama.read_config(a["model"]).adapter if a["model"] else "full")
+    adapter = plugins.parse("adapters", a["adapter"])
+    a["lr"] = adapter.module.LR if a["lr"] is None else a["lr"]
     a["min_lr"] = a["lr"] / 10 if a["min_lr"] is None else a["min_lr"]
     a["eval_every"] = a["eval_every"] or max(1, a["steps"] // 4)
     a["save_every"] = a["save_every"] or a["eval_every"]
@@ -128,7 +132,8 @@ def settle(given):
         raise Refused(f"--segment {a['segment']} is not possible: it must be above 0 and below --length {a['length']}")
     if a["dtype"] == "float16":
         raise Refused("--dtype float16 would lose small gradients: train in bfloat16 or float32")
-    cli.check_spelling(*(a[k] for k in ("attn", "pos", "memory", "adapter")))
+    if a["init"] and adapter.name != "full":
+        raise Refused(f"--adapter {adapter} needs a trained base, and --init has none: leave one of them out")
     data.expand((a["data"] or []) + (a["valid"] or []))
     if a["init"] and not os.path.isfile(a["init"]):
         raise Refused(f"--init {a['init']} is not there: it takes a config.json")
@@ -161,9 +166,11 @@ def config_of(a, source):
             config = llama.Config.from_hf({"vocab_size": config.vocab_size, **json.loads(Path(a.init).read_text())})
         except (json.JSONDecodeError, TypeError, KeyError) as no:
             raise Refused(f"--init {a.init} is no config.json: {no}") from None
-    config = llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "pos", "memory") if getattr(a, k)})
+    config = llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "pos", "memory", "adapter") if getattr(a, k)})
     with ops.shapes_only():
         model = llama.Llama(config)
+    if not a.segment and getattr(model.adapter.module, "NEEDS_SEGMENTS", False):
+        raise Refused(f"--adapter {model.adapter} trains what carries the past from segment to segment: give --segment too")
     if a.segment:
         a.bptt = reach(model, a)
     return config
@@ -183,12 +190,10 @@ def reach(model, a):
 
 def build(a, config, source, fresh):
     """(model, tokenizer), ready to train: what trains in float32, what is frozen in the dtype of the activations."""
-    adapter = plugins.parse("adapters", a.adapter)
     if fresh and a.init:
         with ops.shapes_only():
             model = llama.Llama(config)
         model, tokenizer = model.init(a.seed), llama.tokenizers.load(source)
-        adapter.module.apply(model, adapter.options)
     else:
         model, tokenizer = llama.load(source, a.attn, a.pos, a.memory, a.adapter, "float32", a.device)
     if tokenizer.vocab_size > config.vocab_size:
@@ -196,7 +201,7 @@ def build(a, config, source, fresh):
     model.dtype, model.model.run = llama.as_dtype(a.dtype), ops.checkpoint if a.checkpoint else ops.call
     named, observers = ops.parameters(model), tuple(model.observers())
     observed = {n for n in named if n.startswith(observers)}
-    frozen = {n: p for n, p in named.items() if n not in observed and not adapter.module.trains(n, adapter.options)}
+    frozen = {n: p for n, p in named.items() if n not in observed and not model.trains(n)}
     ops.set_parameters(model, {n: ops.cast(p, model.dtype) for n, p in frozen.items()})
     ops.freeze(model, frozen.keys() | observed)
     model.model.patterns(training=True)
@@ -299,7 +304,8 @@ def train(a, saved):
     metrics = rundir.Metrics(out, state["step"])
     if not metrics.series("valid_loss"):
         metrics.add(step=0, valid_loss=evaluate(model, held_out, a))
-    print(f"{out}: {corpus.report()}; validation loss {metrics.series('valid_loss')[-1][1]:.4f} at step {state['step']} of {a.steps}")
+    start = f"validation loss {metrics.series('valid_loss')[-1][1]:.4f} at step {state['step']} of {a.steps}"
+    print(f"{out}: {sizes(model)}; {corpus.report()}; {start}")
 
     leave = listen()
     with tqdm(total=a.steps, initial=state["step"], unit="step", dynamic_ncols=True) as bar:
@@ -334,6 +340,13 @@ def train(a, saved):
     print(f"validation loss {before:.4f} -> {after:.4f} in {a.steps} steps; the checkpoint is {source}")
     print(f"use it: python generate.py --model {source}")
     return 0
+
+
+def sizes(model):
+    """How many parameters train."""
+    count = {n: math.prod(p.shape) for n, p in ops.parameters(model).items()}
+    mine, total = sum(k for n, k in count.items() if model.trains(n)), sum(count.values())
+    return f"--adapter {model.adapter} trains {mine:,} of {total:,} parameters ({100 * mine / total:.3g}%)"
 
 
 def write(model, optimizer, folder, source):

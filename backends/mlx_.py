@@ -301,6 +301,10 @@ class Linear(Module):
         if bias:
             self.bias = mx.zeros((n_out,))
 
+    def matrix(self):
+        """What forward() multiplies by, [n_out, n_in]."""
+        return self.weight
+
     def forward(self, x):
         y = x @ self.weight.astype(x.dtype).T
         return y + self.bias.astype(x.dtype) if "bias" in self else y
