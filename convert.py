@@ -130,6 +130,9 @@ def from_adapter(folder, scratch):
     if said.get("peft_type") is not None:
         scale = lora_scale(said, where)
         new = {peft.ours(name): t for name, t in read_safetensors(inside(folder, peft.WEIGHTS)).items()}
+    if config.get("tie_word_embeddings"):
+        # PEFT keeps the embedding a second time
+        new.pop("lm_head.weight", None)
     tensors = {name: adapted(name, t, new, scale) if new else t for name, t in source.tensors.items()}
     if new:
         raise Refused(f"{folder} adapts {min(new)}, and its base {path} has none: it was made for another model")

@@ -46,7 +46,8 @@ def fields(base, trained, o, c):
     linears = [name.partition(".lora_A.")[0].split(".", 3)[3] for name in trained if ".lora_A." in name]
     if not linears:
         return {"peft_type": None, **where}
-    whole = dict.fromkeys(name.split(".")[-2] for name in trained if ".lora_" not in name)
+    whole = list(dict.fromkeys(name.split(".")[-2] for name in trained if ".lora_" not in name))
+    tied = "embed_tokens" in whole and c.tie_word_embeddings
     peft = {
         "peft_type": "LORA",
         **where,
@@ -56,8 +57,9 @@ def fields(base, trained, o, c):
         "use_rslora": o.rslora,
         "use_dora": o.dora,
         "target_modules": sorted({name.split(".")[-1] for name in linears}),
-        "modules_to_save": list(whole) or None,
-        "ensure_weight_tying": bool(whole) and c.tie_word_embeddings,
+        # PEFT would leave the head that is tied to the embedding as it was
+        "modules_to_save": [*whole, *["lm_head"] * tied] or None,
+        "ensure_weight_tying": tied,
         "bias": "none",
         "fan_in_fan_out": False,
     }
@@ -75,6 +77,9 @@ def files(arrays, said):
         return {}
     magnitude = lambda name, a: a[:, 0] if "lora_magnitude_vector" in name else a
     out = {WEIGHTS: {theirs(name): magnitude(name, a) for name, a in arrays.items()}}
+    if said["ensure_weight_tying"]:
+        # a copy: a file of tensors may not hold the same one twice
+        out[WEIGHTS][theirs("lm_head.weight")] = arrays["model.embed_tokens.weight"] + 0
     if "lora_parameters" in said:
         leaf = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector.weight": "m"}
         turned = lambda name, a: a[:, 0] if "magnitude" in name else a.T

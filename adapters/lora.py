@@ -132,7 +132,7 @@ def trains(name, o):
 def adapted(model):
     """The model's Lora modules, in order."""
     parts = [part for block in model.model.layers for part in (block.self_attn, block.mlp)]
-    return [found for part in parts for name in LINEARS if isinstance(found := getattr(part, name), Lora)]
+    return [found for part in parts for name in LINEARS if isinstance(found := getattr(part, name, None), Lora)]
 
 
 def merge(model):
