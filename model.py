@@ -332,6 +332,10 @@ class Llama(Module):
         """Does the parameter of this name train, by gradients or by what it observes?"""
         return own(name) or self.adapter.module.trains(name, self.adapter.options)
 
+    def shake(self, seed):
+        """What is random in training (an adapter's dropout) is a function of this int, or with None nothing is."""
+        getattr(self.adapter.module, "shake", lambda *a: None)(self, seed)
+
     def observers(self):
         """Where parameters are that no gradient moves: prefix of their names -> the memory that learns them from what it sees."""
         layers = ((f"model.layers.{i}.self_attn.memory.", block.self_attn.memory) for i, block in enumerate(self.model.layers))
@@ -466,7 +470,7 @@ def load(folder, attn=None, pos=None, memory=None, adapter=None, dtype=None, dev
         raise Refused(f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} for one: is the download complete?")
     # what others begin as copies of is there first
     model.fill(sorted(wanted, key=own), np.random.default_rng(0))
-    model.base = (base or folder).resolve()
+    model.base = (base or folder).absolute()
     model.model.patterns(training=False)
     return model, tokenizers.load(folder)
 

@@ -4,6 +4,7 @@
     python train.py --model checkpoints/mine --data books/ --length 32k --batch 8
     python train.py --init config.json --data books/        # random weights of this config; the tokenizer is --model's
     python train.py --attn window:window=512 --length 64k --segment 2k --memory window:budget=511    # a row in segments
+    python train.py --attn s2 --pos pi:factor=4 --length 32k --adapter longlora    # the base frozen but for norms and embedding
     python train.py --resume out/SmolLM2-135M-Instruct-longformer
 
 Losses are in nats a token: summed over the target tokens of a whole step, divided by their number, however the rows are split.
@@ -20,6 +21,7 @@ import resource
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -243,6 +245,8 @@ def train_step(model, optimizer, batch, micro, clip, lr, segment=None, bptt="all
     parts, grads = [], {}
     for i in range(0, len(batch.tokens), micro):
         part = data.Batch(*(x[i : i + micro] for x in batch))
+        # the same in a run that was resumed, and however often this part is computed
+        model.shake(zlib.crc32(part.tokens.tobytes()))
         if segment:
             mean = lambda call, piece: nats(call, piece) / total
             out, grads = segments.accumulate(model, segments.cut(part, segment), mean, grads, bptt, offload)
@@ -250,6 +254,7 @@ def train_step(model, optimizer, batch, micro, clip, lr, segment=None, bptt="all
         else:
             out, grads = ops.accumulate(model, lambda part=part: loss_and_seen(model, part, total), grads)
             parts.append(out)
+    model.shake(None)
     losses, *seen = zip(*parts)
     norm, loss = ops.global_norm(grads).item(), sum(x.item() for x in losses)
     if math.isfinite(loss) and math.isfinite(norm):

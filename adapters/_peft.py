@@ -53,7 +53,7 @@ def fields(base, trained, o, c):
         **where,
         "r": o.rank,
         "lora_alpha": o.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": o.dropout,
         "use_rslora": o.rslora,
         "use_dora": o.dora,
         "target_modules": sorted({name.split(".")[-1] for name in linears}),
@@ -66,7 +66,7 @@ def fields(base, trained, o, c):
     scale = o.alpha / (o.rank**0.5 if o.rslora else o.rank)
     if whole:
         return peft
-    parameters = {"rank": o.rank, "scale": scale, "dropout": 0.0, "keys": sorted(set(linears))}
+    parameters = {"rank": o.rank, "scale": scale, "dropout": o.dropout, "keys": sorted(set(linears))}
     mlx = {"fine_tune_type": "dora" if o.dora else "lora", "num_layers": c.num_hidden_layers, "lora_parameters": parameters}
     return {**peft, **mlx}
 

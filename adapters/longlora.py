@@ -10,7 +10,7 @@ it, one that is not stays. The paper's training pattern is --attn s2, which is f
 import plugins
 
 lora = plugins.load("adapters", "lora")
-apply, initial, check = lora.apply, lora.initial, lora.check
+apply, initial, check, shake = lora.apply, lora.initial, lora.check, lora.shake
 LR = 2e-4
 
 

@@ -26,6 +26,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Options:
     rank: int = 8
     alpha: float = 16.0
+    dropout: float = 0.0  # of the entries of x that the product gets, in training
     targets: str = "all"  # linears, joined by +: q_proj+v_proj
     rslora: bool = False
     dora: bool = False
@@ -36,6 +37,8 @@ def check(o):
         raise ValueError(f"rank={o.rank} trains nothing: it must be at least 1")
     if not 0 < o.alpha < math.inf:
         raise ValueError(f"alpha={o.alpha} scales the product to nothing: it must be above 0")
+    if not 0 <= o.dropout < 1:
+        raise ValueError(f"dropout={o.dropout} is no share below 1: it must be at least 0")
     if wrong := [name for name in targets(o) if name not in LINEARS]:
         raise ValueError(f"targets={o.targets}: {wrong[0] or 'nothing'} is no linear: choose all, or of {'+'.join(LINEARS)}")
 
@@ -55,6 +58,7 @@ class Lora(ops.Linear):
         super().__init__(n_in, n_out, bias)
         # what merged rows were multiplied by: they do not tell how long they were
         self.scale, self.dora, self._merged = scale(o), o.dora, None
+        self.dropout, self.seed = o.dropout, None
         self.lora_A, self.lora_B = ops.Linear(n_in, o.rank), ops.Linear(o.rank, n_out)
         if o.dora:
             self.lora_magnitude_vector = ops.Embedding(n_out, 1)
@@ -63,7 +67,7 @@ class Lora(ops.Linear):
         y = super().forward(x)
         if self._merged is not None:
             return y
-        more = self.scale * self.lora_B(self.lora_A(x))
+        more = self.scale * self.lora_B(self.lora_A(self.dropped(x)))
         if not self.dora:
             return y + more
         bias, ratio = getattr(self, "bias", None), ops.cast(self.ratio()[:, 0], x.dtype)
@@ -71,6 +75,11 @@ class Lora(ops.Linear):
             return ratio * (y + more)
         bias = ops.cast(bias, x.dtype)
         return ratio * (y - bias + more) + bias
+
+    def dropped(self, x):
+        if not self.dropout or self.seed is None:
+            return x
+        return ops.where(ops.chance(x.shape, 1 - self.dropout, self.seed), x / (1 - self.dropout), 0.0)
 
     def product(self):
         """s B A, float32 [n_out, n_in]."""
@@ -133,6 +142,12 @@ def adapted(model):
     """The model's Lora modules, in order."""
     parts = [part for block in model.model.layers for part in (block.self_attn, block.mlp)]
     return [found for part in parts for name in LINEARS if isinstance(found := getattr(part, name, None), Lora)]
+
+
+def shake(model, seed):
+    """Segments of a row drop the same entries."""
+    for i, linear in enumerate(adapted(model)):
+        linear.seed = None if seed is None else seed + (i << 32)
 
 
 def merge(model):

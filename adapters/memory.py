@@ -8,7 +8,7 @@ import ops
 import plugins
 
 lora = plugins.load("adapters", "lora")
-initial = lora.initial
+initial, shake = lora.initial, lora.shake
 LR = 1e-3
 # what trains is used behind a segment's end only
 NEEDS_SEGMENTS = True

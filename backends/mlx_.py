@@ -80,6 +80,11 @@ def normal(shape, dtype):
     return mx.random.normal(shape, dtype)
 
 
+def chance(shape, p, seed):
+    """Bools that are true with probability p: a function of the seed, an int, alone, so that what is computed twice is the same."""
+    return mx.random.bernoulli(p, shape, key=mx.random.key(seed))
+
+
 def is_array(x):
     return isinstance(x, mx.array)
 

@@ -92,6 +92,11 @@ def normal(shape, dtype):
     return torch.randn(shape, dtype=dtype, device=device())
 
 
+def chance(shape, p, seed):
+    """Bools that are true with probability p: a function of the seed, an int, alone, so that what is computed twice is the same."""
+    return torch.rand(shape, device=device(), generator=torch.Generator(device()).manual_seed(seed)) < p
+
+
 def is_array(x):
     return isinstance(x, torch.Tensor)
 

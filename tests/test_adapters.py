@@ -254,6 +254,43 @@ def test_a_prefix_stands_before_every_pattern(attn):
     assert apart(run(model, text(T), [[3, 5], [7, 1], [1, 2, 5]]), want) < 1e-4
 
 
+# ---------------------------------------------------------------- dropout
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    linear = lora.Lora(50, 1, False, plugins.parse("adapters", "lora:dropout=0.25,rank=1").options)
+    linear.seed = 7
+    x = ops.numpy(linear.dropped(ops.full((40, 50), 3.0, ops.float32)))
+    np.testing.assert_allclose(np.unique(x), [0, 4], rtol=1e-6)
+    assert abs((x == 0).mean() - 0.25) < 0.04 and (x == 0).any(0).all() and not (x == 0).all(0).any()
+    assert (ops.numpy(linear.dropped(ops.full((40, 50), 3.0, ops.float32))) == x).all()
+    linear.seed = 8
+    assert (ops.numpy(linear.dropped(ops.full((40, 50), 3.0, ops.float32))) != x).any()
+    linear.seed = None
+    assert (ops.numpy(linear.dropped(ops.full((40, 50), 3.0, ops.float32))) == 3).all()
+
+
+def test_dropout_is_for_training_and_is_the_same_when_it_is_computed_again(world, tmp_path):  # noqa: F811
+    """Recomputed activations, segments that are read twice, and a run that goes on: one pattern for one part of a batch."""
+    found = {}
+    for adapter in ("lora", "lora:dropout=0.5"):
+        for again in (ops.call, ops.checkpoint):
+            for segment in (None, 16):
+                model = moved(built(world, tmp_path / "out", adapter, lr=1e-9))
+                model.model.run = again
+                optimizer = ops.AdamW(model, (0.9, 0.95), 1e-8, 0.0)
+                for _ in range(2):
+                    found[adapter, again, segment] = train.train_step(model, optimizer, uneven(), 2, 1.0, 0.0, segment)[:2]
+        tokens = uneven().tokens
+        found[adapter] = ops.numpy(model(ops.array(tokens)))
+    for segment in (None, 16):
+        loss, norm = found["lora:dropout=0.5", ops.call, segment]
+        np.testing.assert_allclose(found["lora:dropout=0.5", ops.checkpoint, segment], (loss, norm), rtol=1e-5)
+        assert abs(loss - found["lora", ops.call, segment][0]) > 1e-4
+    # out of training nothing is dropped
+    assert apart(found["lora:dropout=0.5"], found["lora"]) < 1e-5
+
+
 # ---------------------------------------------------------------- merging
 
 
@@ -287,6 +324,18 @@ def test_convert_makes_a_plain_model_of_it(adapter, tied, base, tmp_path):
     assert ("lm_head.weight" in weights(merged)) == (not tied)
 
 
+def test_a_folder_of_peft_s_own_is_merged_too(base, tmp_path):
+    """It has no config.json: that of the base counts."""
+    model, _ = load(base(), adapter="lora:alpha=3,rank=5", pos="pi:factor=2", dtype="float32")
+    save(moved(model), tmp_path / "adapted", tmp_path / "base")
+    for path in (tmp_path / "adapted").iterdir():
+        if not path.name.startswith("adapter_"):
+            path.unlink()
+    merged, tokenizer = load(convert.convert(tmp_path / "adapted", tmp_path / "out"), pos="pi:factor=2", dtype="float32")
+    assert apart(run(merged, text(T)), run(model, text(T))) < 2e-5 and tokenizer.vocab_size == 256
+    assert load(tmp_path / "out")[0].config.pos == "rope"
+
+
 def test_a_merge_keeps_the_base_s_dtype(base, tmp_path):
     convert.convert(base(), tmp_path / "low", "bfloat16")
     model, _ = load(tmp_path / "low", adapter="lora", dtype="float32")
@@ -316,7 +365,7 @@ def test_saved_and_loaded(adapter, base, tmp_path):
     saved = [n for p in (tmp_path / "adapted").glob("*.safetensors") for n in ops.read_safetensors(p)]
     assert saved and not any("lm_head" in n or n.endswith("q_proj.weight") for n in saved)
     said = json.loads((tmp_path / "adapted" / "adapter_config.json").read_text())
-    assert said["base_model_name_or_path"] == str((tmp_path / "base").resolve())
+    assert said["base_model_name_or_path"] == str((tmp_path / "base").absolute())
     # and again, from the loaded one
     save(again, tmp_path / "two", tmp_path / "adapted")
     for path in (tmp_path / "adapted").iterdir():
@@ -372,7 +421,7 @@ def test_mlx_lm_opens_it(adapter, base, tmp_path):
 # ---------------------------------------------------------------- runs
 
 
-@every("adapter", ["lora:dora=true", "longlora", "prefix", "memory"])
+@every("adapter", ["lora:dora=true,dropout=0.1", "longlora", "prefix", "memory"])
 def test_a_resumed_run_equals_one_that_never_stopped(adapter, world, tmp_path, monkeypatch):  # noqa: F811
     real, out, steps = train.train_step, tmp_path / "run", []
     flags = {"steps": 4, "save-every": 2, "adapter": adapter, "dtype": "float32", "segment": 16, "memory": "infini"}
@@ -412,6 +461,7 @@ def test_the_bare_command_with_an_adapter(world, tmp_path, monkeypatch, capsys):
     [
         ({"adapter": "lora:rank=0"}, "rank=0 trains nothing"),
         ({"adapter": "lora:alpha=0"}, "alpha=0.0 scales"),
+        ({"adapter": "lora:dropout=1"}, "dropout=1.0 is no share"),
         ({"adapter": "lora:targets=q_proj+head"}, "head is no linear.*q_proj"),
         ({"adapter": "lora:targets="}, "nothing is no linear"),
         ({"adapter": "memory:rank=-1"}, "rank=-1"),
