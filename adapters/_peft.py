@@ -77,7 +77,7 @@ def files(arrays, said):
         return {}
     magnitude = lambda name, a: a[:, 0] if "lora_magnitude_vector" in name else a
     out = {WEIGHTS: {theirs(name): magnitude(name, a) for name, a in arrays.items()}}
-    if said["ensure_weight_tying"]:
+    if said.get("ensure_weight_tying"):
         # a copy: a file of tensors may not hold the same one twice
         out[WEIGHTS][theirs("lm_head.weight")] = arrays["model.embed_tokens.weight"] + 0
     if "lora_parameters" in said:
