@@ -160,8 +160,7 @@ def lora_scale(said, where):
             raise Refused(f"{where} says {key}: LoRA of one rank and alpha can be merged, of plain linears")
     if said.get("bias", "none") != "none":
         raise Refused(f"{where} says bias {said['bias']!r}: it should be 'none'")
-    rank = whole(said, "r", where)
-    return positive(said, "lora_alpha", where) / (math.sqrt(rank) if said.get("use_rslora") else rank)
+    return peft.scale(positive(said, "lora_alpha", where), whole(said, "r", where), said.get("use_rslora"))
 
 
 def adapted(name, tensor, new, scale):

@@ -30,6 +30,11 @@ def base(folder):
     return Path(named)
 
 
+def scale(alpha, rank, rslora):
+    """What B A is multiplied by."""
+    return alpha / (rank**0.5 if rslora else rank)
+
+
 def theirs(name):
     """PEFT's name of a parameter."""
     return PREFIX + name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
@@ -63,10 +68,9 @@ def fields(base, trained, o, c):
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    scale = o.alpha / (o.rank**0.5 if o.rslora else o.rank)
     if whole:
         return peft
-    parameters = {"rank": o.rank, "scale": scale, "dropout": o.dropout, "keys": sorted(set(linears))}
+    parameters = {"rank": o.rank, "scale": scale(o.alpha, o.rank, o.rslora), "dropout": o.dropout, "keys": sorted(set(linears))}
     mlx = {"fine_tune_type": "dora" if o.dora else "lora", "num_layers": c.num_hidden_layers, "lora_parameters": parameters}
     return {**peft, **mlx}
 
@@ -81,9 +85,11 @@ def files(arrays, said):
         # a copy: a file of tensors may not hold the same one twice
         out[WEIGHTS][theirs("lm_head.weight")] = arrays["model.embed_tokens.weight"] + 0
     if "lora_parameters" in said:
-        leaf = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector.weight": "m"}
-        turned = lambda name, a: a[:, 0] if "magnitude" in name else a.T
-        out[MLX] = {f"{(i := name.index('lora_')) and name[:i]}{leaf[name[i:]]}": turned(name, a) for name, a in arrays.items()}
+        out[MLX] = {}
+        for name, a in arrays.items():
+            stem, _, leaf = name.rpartition("lora_")
+            leaf = {"A.weight": "lora_a", "B.weight": "lora_b", "magnitude_vector.weight": "m"}[leaf]
+            out[MLX][stem + leaf] = a[:, 0] if leaf == "m" else a.T
     return out
 
 

@@ -11,6 +11,7 @@ import plugins
 
 lora = plugins.load("adapters", "lora")
 apply, initial, check, shake = lora.apply, lora.initial, lora.check, lora.shake
+# what trains of the base wants little, what is new wants more
 LR = 2e-4
 
 

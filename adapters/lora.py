@@ -17,6 +17,7 @@ import zlib
 import numpy as np
 
 import ops
+from adapters._peft import scale
 
 # ten times what suits all weights
 LR = 1e-3
@@ -47,17 +48,13 @@ def targets(o):
     return LINEARS if o.targets == "all" else tuple(dict.fromkeys(o.targets.split("+")))
 
 
-def scale(o):
-    return o.alpha / (math.sqrt(o.rank) if o.rslora else o.rank)
-
-
 class Lora(ops.Linear):
     """A linear whose own weight, under its old name, is W_0."""
 
     def __init__(self, n_in, n_out, bias, o):
         super().__init__(n_in, n_out, bias)
         # what merged rows were multiplied by: they do not tell how long they were
-        self.scale, self.dora, self._merged = scale(o), o.dora, None
+        self.scale, self.dora, self._merged = scale(o.alpha, o.rank, o.rslora), o.dora, None
         self.dropout, self.seed = o.dropout, None
         self.lora_A, self.lora_B = ops.Linear(n_in, o.rank), ops.Linear(o.rank, n_out)
         if o.dora:

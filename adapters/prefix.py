@@ -25,7 +25,7 @@ class Options:
     size: int = 16  # keys and values a layer
     counted: bool = False  # does the prefix take positions?
     closed: bool = True  # a gate, closed at first
-    gain: float = 1.0
+    gain: float = 10.0
     layer: int = 0
 
 
