@@ -242,6 +242,19 @@ def test_a_prefix_stands_before_every_memory(memory, adapter):
     assert apart(run(model, tokens, whole(T))[1:, tokens[1] >= 0], run(model, alone, [[5], [8], [4]])) < exact
 
 
+@every("adapter", ["lora:dora=true", "prefix:counted=true", "prefix"])
+@every("memory", ["full", "h2o:budget=9", "state:size=3,closed=false"])
+def test_adapters_in_a_static_graph(memory, adapter):
+    model, n = moved(fresh(memory=memory, adapter=adapter), 0.5), 8
+    want = run(model, text(T), [[n], [1] * n, [1] * n], room=T)
+    with ops.no_grad():
+        y, state = model(ops.array(text(T)[:, :n]), model.start(n, T))
+    step, got = ops.static(lambda x, s, close: model(x, s, close=close), model.still(state), (False, True)), [ops.numpy(y)]
+    for t in range(n, T):
+        got.append(ops.numpy(step(int(text(T)[0, t]), (t + 1) % n == 0)))
+    assert apart(np.concatenate(got, 1), want) < 1e-4
+
+
 @every("attn", [small("attention", n) for n in plugins.names("attention")] + ["longformer:window=5,n_global=4,own_projections=true"])
 def test_a_prefix_stands_before_every_pattern(attn):
     if attn.startswith("routing"):
