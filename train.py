@@ -5,6 +5,7 @@
     python train.py --init config.json --data books/        # random weights of this config; the tokenizer is --model's
     python train.py --attn window:window=512 --length 64k --segment 2k --memory window:budget=511    # a row in segments
     python train.py --data repos:src/ --curriculum 4k,8k,32k --pos yarn:factor=auto    # longer and longer rows: see curriculum.py
+    python train.py --attn s2 --pos pi:factor=4 --length 32k --adapter longlora    # the base frozen but for norms and embedding
     python train.py --resume out/SmolLM2-135M-Instruct-longformer
 
 Losses are in nats a token: summed over the target tokens of a whole step, divided by their number, however the rows are split.
@@ -21,6 +22,7 @@ import resource
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,9 +46,9 @@ DEFAULTS = {
     "mac": {"length": 4096, "batch": 4, "steps": 100, "warmup": 10, "valid_rows": 8, "checkpoint": True},
     "cuda": {"length": 8192, "batch": 8, "steps": 200, "warmup": 20, "valid_rows": 16, "checkpoint": True},
 }
-COMMON = {"micro": 1, "lr": 1e-4, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "adapter": "full", "keep": 2, "offload": False}
+COMMON = {"micro": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "keep": 2, "offload": False}
 COMMON |= {"loss_chunk": 2048, "upsample": 1, "rewarm": 0}
-UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "device", "dtype", "segment", "bptt", "min_lr")
+UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "adapter", "device", "dtype", "segment", "bptt", "lr", "min_lr")
 UNSET += ("eval_every", "save_every", "out", "mlp_tile", "curriculum", "stages")
 POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk", "upsample")
 # what a resumed run may change: nothing that moves its losses
@@ -85,7 +87,7 @@ def parse(argv=None):
     p.add_argument("--batch", type=cli.whole, help="rows a step")
     p.add_argument("--micro", type=cli.whole, help="rows at a time: less memory, the same result")
     p.add_argument("--steps", type=cli.whole)
-    p.add_argument("--lr", type=float, help="at its highest, after the warm-up")
+    p.add_argument("--lr", type=float, help="at its highest, after the warm-up (default: LR in the adapter's file, for full 1e-4)")
     p.add_argument("--warmup", type=cli.whole, help="steps of rising lr; a cosine follows")
     p.add_argument("--min-lr", type=float, help="at the last step (default: a tenth of --lr)")
     p.add_argument("--weight-decay", type=float)
@@ -134,6 +136,10 @@ def settle(given):
             raise Refused(f"--{k} {given[k]} contradicts --curriculum {a['curriculum']}, which says {ours}: leave it out")
         a[k] = ours
     a["warmup"] = given.get("warmup", min(a["warmup"], a["steps"]))
+    cli.check_spelling(a["attn"], curriculum.settled(a["pos"]), a["memory"], a["adapter"])
+    a["adapter"] = a["adapter"] or (llama.read_config(a["model"]).adapter if a["model"] else "full")
+    adapter = plugins.parse("adapters", a["adapter"])
+    a["lr"] = adapter.module.LR if a["lr"] is None else a["lr"]
     a["min_lr"] = a["lr"] / 10 if a["min_lr"] is None else a["min_lr"]
     a["eval_every"] = a["eval_every"] or max(1, a["steps"] // 4)
     a["save_every"] = a["save_every"] or a["eval_every"]
@@ -157,7 +163,8 @@ def settle(given):
         raise Refused(f"--segment {a['segment']} is longer than rows of --curriculum {a['curriculum']}: the shortest may be one segment")
     if a["dtype"] == "float16":
         raise Refused("--dtype float16 would lose small gradients: train in bfloat16 or float32")
-    cli.check_spelling(a["attn"], curriculum.settled(a["pos"]), a["memory"], a["adapter"])
+    if a["init"] and adapter.name != "full":
+        raise Refused(f"--adapter {adapter} needs a trained base, and --init has none: leave one of them out")
     data.expand((a["data"] or []) + (a["valid"] or []))
     if a["init"] and not os.path.isfile(a["init"]):
         raise Refused(f"--init {a['init']} is not there: it takes a config.json")
@@ -193,13 +200,15 @@ def config_of(a, source):
             config = llama.Config.from_hf({"vocab_size": config.vocab_size, **json.loads(Path(a.init).read_text())})
         except (json.JSONDecodeError, TypeError, KeyError) as no:
             raise Refused(f"--init {a.init} is no config.json: {no}") from None
-    config = llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "memory") if getattr(a, k)})
+    config = llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "memory", "adapter") if getattr(a, k)})
     pos = lambda stage: stage.pos or curriculum.stretched(a.pos or config.pos, stage.length, config)
     a.stages = [stage._replace(pos=pos(stage)) for stage in a.stages]
     for stage in a.stages:
         config = llama.dataclasses.replace(config, pos=stage.pos)
         with ops.shapes_only():
             model = llama.Llama(config)
+    if not a.segment and getattr(model.adapter.module, "NEEDS_SEGMENTS", False):
+        raise Refused(f"--adapter {model.adapter} trains what carries the past from segment to segment: give --segment too")
     if a.segment:
         a.bptt = reach(model, a)
         for line in cli.lost(model):
@@ -224,12 +233,10 @@ def reach(model, a):
 def build(a, config, source, fresh):
     """(model, tokenizer), ready to train: what trains in float32, what is frozen in the dtype of the activations. Distance is felt as
     the config says."""
-    adapter = plugins.parse("adapters", a.adapter)
     if fresh and a.init:
         with ops.shapes_only():
             model = llama.Llama(config)
         model, tokenizer = model.init(a.seed), llama.tokenizers.load(source)
-        adapter.module.apply(model, adapter.options)
     else:
         model, tokenizer = llama.load(source, a.attn, config.pos, a.memory, a.adapter, "float32", a.device)
     if tokenizer.vocab_size > config.vocab_size:
@@ -239,7 +246,7 @@ def build(a, config, source, fresh):
         block.tile = a.mlp_tile
     named, observers = ops.parameters(model), tuple(model.observers())
     observed = {n for n in named if n.startswith(observers)}
-    frozen = {n: p for n, p in named.items() if n not in observed and not adapter.module.trains(n, adapter.options)}
+    frozen = {n: p for n, p in named.items() if n not in observed and not model.trains(n)}
     ops.set_parameters(model, {n: ops.cast(p, model.dtype) for n, p in frozen.items()})
     ops.freeze(model, frozen.keys() | observed)
     model.model.patterns(training=True)
@@ -287,6 +294,8 @@ def train_step(model, optimizer, batch, micro, clip, lr, segment=None, bptt="all
     parts, grads = [], {}
     for i in range(0, len(batch.tokens), micro):
         part = data.Batch(*(x[i : i + micro] for x in batch))
+        # the same in a run that was resumed, and however often this part is computed
+        model.shake(zlib.crc32(part.tokens.tobytes()))
         if segment:
             mean = lambda call, piece: nats(call, piece) / total
             out, grads = segments.accumulate(model, segments.cut(part, segment), mean, grads, bptt, offload)
@@ -294,6 +303,7 @@ def train_step(model, optimizer, batch, micro, clip, lr, segment=None, bptt="all
         else:
             out, grads = ops.accumulate(model, lambda part=part: loss_and_seen(model, part, total), grads)
             parts.append(out)
+    model.shake(None)
     losses, *seen = zip(*parts)
     norm, loss = ops.global_norm(grads).item(), sum(x.item() for x in losses)
     if math.isfinite(loss) and math.isfinite(norm):
@@ -350,7 +360,8 @@ def train(a, saved):
     if not metrics.series("valid_loss"):
         metrics.add(step=0, length=stage.length, valid_loss=evaluate(model, held_out, stage.of(a)))
     fitness(corpus, a, draws)
-    print(f"{out}: {corpus.report()}; validation loss {metrics.series('valid_loss')[-1][1]:.4f} at step {state['step']} of {a.steps}")
+    start = f"validation loss {metrics.series('valid_loss')[-1][1]:.4f} at step {state['step']} of {a.steps}"
+    print(f"{out}: {sizes(model)}; {corpus.report()}; {start}")
 
     leave = listen()
     with tqdm(total=a.steps, initial=state["step"], unit="step", dynamic_ncols=True) as bar:
@@ -392,6 +403,13 @@ def train(a, saved):
     print(f"validation loss {before:.4f} -> {after:.4f}{lengths} in {a.steps} steps; the checkpoint is {source}")
     print(f"use it: python generate.py --model {source}")
     return 0
+
+
+def sizes(model):
+    """How many parameters train."""
+    count = {n: math.prod(p.shape) for n, p in ops.parameters(model).items()}
+    mine, total = sum(k for n, k in count.items() if model.trains(n)), sum(count.values())
+    return f"--adapter {model.adapter} trains {mine:,} of {total:,} parameters ({100 * mine / total:.3g}%)"
 
 
 def write(model, optimizer, folder, source):

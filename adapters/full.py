@@ -1,5 +1,7 @@
 """Full fine-tuning: every parameter trains."""
 
+LR = 1e-4
+
 
 def apply(model, o):
     pass

@@ -58,7 +58,7 @@ def check(o):
 class Pattern(Memory):
     memories = ("full",)  # a cluster's tokens lie anywhere in the past
     fields = (*Memory.fields, "shared", "cluster", "rank")  # [B, R, N, D] keys, [B, R, N] the cluster, how many of it came before
-    observes = True
+    observes, looks = True, False
 
     def __init__(self, c, o, pattern):
         super().__init__(c, o)

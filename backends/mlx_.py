@@ -86,6 +86,11 @@ def normal(shape, dtype):
     return mx.random.normal(shape, dtype)
 
 
+def chance(shape, p, seed):
+    """Bools that are true with probability p: a function of the seed, an int, alone, so that what is computed twice is the same."""
+    return mx.random.bernoulli(p, shape, key=mx.random.key(seed))
+
+
 def is_array(x):
     return isinstance(x, mx.array)
 
@@ -306,6 +311,10 @@ class Linear(Module):
         self.weight = mx.zeros((n_out, n_in))
         if bias:
             self.bias = mx.zeros((n_out,))
+
+    def matrix(self):
+        """What forward() multiplies by, [n_out, n_in]."""
+        return self.weight
 
     def forward(self, x):
         y = x @ self.weight.astype(x.dtype).T

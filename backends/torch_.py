@@ -99,6 +99,11 @@ def normal(shape, dtype):
     return torch.randn(shape, dtype=dtype, device=device())
 
 
+def chance(shape, p, seed):
+    """Bools that are true with probability p: a function of the seed, an int, alone, so that what is computed twice is the same."""
+    return torch.rand(shape, device=device(), generator=torch.Generator(device()).manual_seed(seed)) < p
+
+
 def is_array(x):
     return isinstance(x, torch.Tensor)
 
@@ -348,6 +353,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
+    def matrix(self):
+        """What forward() multiplies by, [n_out, n_in]."""
+        return self.weight
+
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -432,7 +441,8 @@ def value_and_grad(model, f):
     out = f()
     loss = out[0] if isinstance(out, tuple) else out
     names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-    grads = torch.autograd.grad(loss, params, materialize_grads=True)
+    used = loss.requires_grad
+    grads = torch.autograd.grad(loss, params, materialize_grads=True) if used else [torch.zeros_like(p) for p in params]
     return (tuple(o.detach() for o in out) if isinstance(out, tuple) else out.detach()), dict(zip(names, grads))
 
 
@@ -449,7 +459,10 @@ def accumulate_through(model, f, arrays, grads):
         p.grad = grads.pop(name, None)
     arrays = [x.detach().requires_grad_() for x in arrays]
     out = f(*arrays)
-    (out[0] if isinstance(out, tuple) else out).backward(inputs=[*named.values(), *arrays])
+    loss = out[0] if isinstance(out, tuple) else out
+    # nothing that trains may have been used: a memory's gates, where nothing is remembered yet
+    if loss.requires_grad:
+        loss.backward(inputs=[*named.values(), *arrays])
     for name, p in named.items():
         grads[name], p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
     return tree_map(torch.detach, out), [torch.zeros_like(x) if x.grad is None else x.grad for x in arrays], grads

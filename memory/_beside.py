@@ -38,8 +38,7 @@ class Beside(Memory):
         return ops.array(np.zeros((self.c.num_attention_heads, 1), "float32")) if name == "beta.weight" else super().initial(attn, name)
 
     def gate(self):
-        """[H, 1, 1]; tanh(x) = 2 sigmoid(2x) - 1."""
-        return 2 * ops.sigmoid(2 * self.gain * ops.cast(self.beta.weight, ops.float32)[..., None]) - 1 if self.closed else 1.0
+        return gate(self.beta, self.gain) if self.closed else 1.0
 
     def stand(self, attn, x, seg, s, pos=None):
         """The state with vectors x [B, M, C], normed as a layer's input is, in the place of what stood beside. pos [B, 1, M]: where they
@@ -51,15 +50,11 @@ class Beside(Memory):
         k, v = attn.kv(x)
         return {"k": k if seg.position.late else seg.keys(k, pos), "v": v, "pos": pos}
 
-    def look(self, attn, q, k, v, slots, seg, s):
+    def look(self, attn, q, k, v, slots, seg, s, lse=False):
         if "side" not in s:
-            return super().look(attn, q, k, v, slots, seg, s)
-        y, here = attend(q, k, v, seg.at, slots, attn.rule, seg.begin, **self.how(seg), lse=True)
-        z, there = self.aside(attn, q, seg, s["side"])
-        # -inf: nothing is seen there (or, by padding, anywhere)
-        w = ops.sigmoid(ops.where(there < -1e29, -1e30, there) - ops.where(here < -1e29, 0.0, here))
-        w = self.gate() * w[..., None]
-        return ops.cast(ops.cast(y, ops.float32) * (1 - w) + w * ops.cast(z, ops.float32), y.dtype)
+            return super().look(attn, q, k, v, slots, seg, s, lse)
+        y = super().look(attn, q, k, v, slots, seg, s, lse=True)
+        return together(*y, *self.aside(attn, seg.queries(q), seg, s["side"]), self.gate(), lse)
 
     def aside(self, attn, q, seg, side, felt=True):
         """Attention over what stands beside, and its log-sum-exp. felt: are distances felt? Else neither queries nor keys are turned."""
@@ -75,6 +70,20 @@ class Beside(Memory):
         B, K, _, D = s["v"].shape
         k = ops.full((B, K, n, D), 0.0, s["v"].dtype, s["v"])
         return {**s, name: {"k": k, "v": k, "pos": ops.full((B, 1, n), -1, ops.int32, s["v"])}}
+
+
+def gate(beta, gain):
+    """[H, 1, 1] of an Embedding of H numbers; tanh(x) = 2 sigmoid(2x) - 1."""
+    return 2 * ops.sigmoid(2 * gain * ops.cast(beta.weight, ops.float32)[..., None]) - 1
+
+
+def together(y, here, z, there, g, lse=False):
+    """Attention y over the slots and z over what stands beside them as one, with their log-sum-exps; with lse that of both."""
+    # -inf: nothing is seen there (or, by padding, anywhere)
+    here, there = ops.where(here < -1e29, 0.0, here), ops.where(there < -1e29, -1e30, there)
+    w = g * ops.sigmoid(there - here)[..., None]
+    y = ops.cast(ops.cast(y, ops.float32) * (1 - w) + w * ops.cast(z, ops.float32), y.dtype)
+    return (y, ops.logsumexp(ops.cat([here[..., None], there[..., None]], -1), -1)) if lse else y
 
 
 def renewed(old, new):

@@ -39,6 +39,7 @@ class Memory(Module):
     learning = False  # does the model train?
     unturned = False  # do keys wait unturned under any position scheme?
     parts_heads = False  # does it treat heads differently, so that a pattern may not?
+    looks = True  # does attend() see by look()? Else nothing can stand beside the slots
 
     def __init__(self, c, o):
         super().__init__()
@@ -99,11 +100,11 @@ class Memory(Module):
 
     def attend(self, attn, q, seg, s):
         """Past and present are one array of slots. q [B, H, T, D], not yet turned -> [B, H, T, D], state."""
-        return self.look(attn, seg.queries(q), *self.seen(attn, q, seg, s), seg, s), s
+        return self.look(attn, q, *self.seen(attn, q, seg, s), seg, s), s
 
-    def look(self, attn, q, k, v, slots, seg, s):
-        """Attention of turned queries over what seen() gives -> [B, H, T, D]."""
-        return attend(q, k, v, seg.at, slots, attn.rule, seg.begin, **self.how(seg))
+    def look(self, attn, q, k, v, slots, seg, s, lse=False):
+        """Attention of queries, not yet turned, over what seen() gives -> [B, H, T, D], and with lse its log-sum-exp (see attend)."""
+        return attend(seg.queries(q), k, v, seg.at, slots, attn.rule, seg.begin, **self.how(seg), lse=lse)
 
     def seen(self, attn, q, seg, s):
         """Keys and values of the slots in use, as attend() takes them, and their Places."""

@@ -119,7 +119,7 @@ class Memory(Beside, XL):
 
     def loss(self, attn, h, old, new, pos):
         """|| attn(h, old) - attn(h, new) ||^2 in the mean over rows, heads, queries and channels; old in groups, new [B, groups, C]."""
-        frozen = lambda proj, x: attn.heads(ops.cast(x, ops.float32) @ ops.swap(ops.cast(ops.stop(proj.weight), ops.float32), 0, 1))
+        frozen = lambda proj, x: attn.heads(ops.cast(x, ops.float32) @ ops.swap(ops.cast(ops.stop(proj.matrix()), ops.float32), 0, 1))
         q, live = frozen(attn.q_proj, h), (old["pos"].reshape(h.shape[0], 1, 1, -1) >= 0, (pos >= 0)[:, :, None])
 
         def look(m, live):

@@ -10,7 +10,6 @@ longer ones forget the rest at once. Every query is scored: for one token that i
 """
 
 import ops
-from kernels import attend
 from kernels.dense import weights
 from memory import _pruned
 from memory._pruned import Pruned, ranked
@@ -34,13 +33,14 @@ class Memory(Pruned):
 
     def attend(self, attn, q, seg, s):
         (B, H, T, D), (k, v, slots) = q.shape, self.seen(attn, q, seg, s)
-        q, (K, N) = seg.queries(q), v.shape[1:3]
-        if T == 1:
-            p = weights(q, k, seg.at, slots, attn.rule, seg.begin, **self.how(seg)).reshape(B, K, -1, N)
+        turned, (K, N) = seg.queries(q), v.shape[1:3]
+        # unless something stands beside the slots, their weights are all that there is
+        if T == 1 and type(self).look is Pruned.look:
+            p = weights(turned, k, seg.at, slots, attn.rule, seg.begin, **self.how(seg)).reshape(B, K, -1, N)
             y, mass = (ops.cast(p, v.dtype) @ v).reshape(B, H, T, D), ops.stop(p).sum(2)
         else:
-            y = attend(q, k, v, seg.at, slots, attn.rule, seg.begin, **self.how(seg))
-            mass = self.total(attn, seg, q, k, slots, seg.at, seg.begin)
+            y = self.look(attn, q, k, v, slots, seg, s)
+            mass = self.total(attn, seg, turned, k, slots, seg.at, seg.begin)
         return y, {**s, "mass": ops.cat([s["mass"][:, :, :N] + mass, s["mass"][:, :, N:]], 2)}
 
     def rank(self, attn, seg, s):
