@@ -185,7 +185,7 @@ def arguments():
         metavar="N,N",
         help="2k,4k; all: whole documents (default: all of --data, else 2k; 512,1k)",
     )
-    add("--segment", type=cli.whole, default=512, help="tokens read at once; a bounded memory forgets after each (default 512)")
+    add("--segment", type=cli.whole, help="tokens read at once; a bounded memory forgets after each (default: as trained, or 512)")
     add("--json", type=Path, metavar="FILE", help="write the whole result, with every raw answer or the loss by position")
     add("--plot", type=Path, metavar="FILE", help="draw the loss by position or the passkey grid: .png, .pdf or .svg (needs matplotlib)")
     add = parser.add_argument_group("perplexity").add_argument
@@ -220,16 +220,23 @@ def arguments():
     return args
 
 
+def opened(args):
+    """The model and tokenizer; what is left open about segments is settled."""
+    model, tokenizer = cli.load(args)
+    args.segment = args.segment or model.segment or 512
+    return model, tokenizer
+
+
 def run_perplexity(args):
     files = data.expand(args.data) if args.data else data.split(data.default_corpus())[1]
     sizes = args.lengths or ([None] if args.data else [2048])
-    model, tokenizer = cli.load(args)
+    model, tokenizer = opened(args)
     r = about(model, args) | {"bos": tokenizer.adds_bos if args.bos is None else args.bos}
     return r | evaluate_perplexity(model, tokenizer, files, sizes, args.segment, args.documents or (None if args.data else 4), args.bos)
 
 
 def run_passkey(args):
-    model, tokenizer = cli.load(args)
+    model, tokenizer = opened(args)
     r = about(model, args) | {"keys": args.trials, "seed": args.seed, "question_seen": args.question_seen}
     how = args.depths, args.trials, args.seed, args.segment, args.question_seen
     return r | grid(model, tokenizer, args.lengths or [512, 1024], *how)

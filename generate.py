@@ -311,14 +311,14 @@ def arguments():
     add("--repetition-penalty", type=float, default=1.0, help="above 1, tokens that have appeared are less likely (default 1)")
     add("--seed", type=int, help="the same seed gives the same text (default: a new one each time)")
     add = parser.add_argument_group("speed and memory").add_argument
-    add("--chunk", type=cli.whole, help="tokens of the prompt read at once (default 512 on a CPU, 2048 on a GPU)")
-    add("--segment", type=cli.whole, default=64, help="a bounded memory forgets after so many written tokens (default 64)")
+    add("--chunk", type=cli.whole, help="tokens of the prompt read at once (default: as trained, or 512 on a CPU, 2048 on a GPU)")
+    add("--segment", type=cli.whole, help="a bounded memory forgets after so many written tokens (default: as trained, or 64)")
     add("--cache", type=Path, metavar="FILE", help="keep what is remembered of --prompt-file there, or take it from there: read once")
     add("--no-graph", action="store_true", help="on a GPU, run each step as written instead of as one compiled graph")
     args = parser.parse_args()
     wrong = [
         (args.tokens < 1, f"--tokens {args.tokens} writes nothing: give at least 1"),
-        ((args.chunk is not None and args.chunk < 1) or args.segment < 1, "--chunk and --segment must be at least 1"),
+        (any(n is not None and n < 1 for n in (args.chunk, args.segment)), "--chunk and --segment must be at least 1"),
         (args.temperature < 0, f"--temperature {args.temperature} is negative: give 0 or more"),
         (args.top_k < 0, f"--top-k {args.top_k} is negative: give 0 (all) or more"),
         (not 0 < args.top_p <= 1, f"--top-p {args.top_p} is no probability above 0: give a number up to 1"),
@@ -341,8 +341,8 @@ def run():
     cli.check_spelling(args.attn, args.pos, args.memory, args.adapter)
     model, tokenizer = cli.load(args)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
-    chunk = args.chunk or (2048 if ops.on_gpu() else 512)
-    session = Session(model, chunk, args.segment, not args.no_graph)
+    chunk = args.chunk or model.segment or (2048 if ops.on_gpu() else 512)
+    session = Session(model, chunk, args.segment or model.segment or 64, not args.no_graph)
     if text is None and not args.chat:
         args.chat, text = tokenizer.has_chat, QUESTION if tokenizer.has_chat else "Once upon a time"
         cli.say(f"> {text}")

@@ -34,6 +34,9 @@ from positions import _hf as rope
 
 # ---------------------------------------------------------------- config
 
+# fields that other libraries do not know, or under other names
+OURS = ("attn", "pos", "memory", "adapter", "segment", "rope_theta", "partial_rotary_factor")
+
 DIFFERS = {
     "cohere": "parallel blocks and LayerNorm",
     "falcon": "parallel blocks and LayerNorm",
@@ -73,6 +76,7 @@ class Config:
     pos: str = "rope"
     memory: str = "full"
     adapter: str = "full"
+    segment: int | None = None  # tokens of the segments that it was trained in, and is read in; None: whole rows
     hf: dict = field(default_factory=dict)  # the config.json that this came from, to be written back
 
     def __post_init__(self):
@@ -115,7 +119,7 @@ class Config:
         """The contents of a config.json that transformers and mlx-lm read; our own fields stand under "nanolong"."""
         own = [f.name for f in dataclasses.fields(self) if f.name != "hf"]
         hf = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **self.hf}
-        hf |= {k: getattr(self, k) for k in own if k not in ("attn", "pos", "memory", "adapter", "rope_theta", "partial_rotary_factor")}
+        hf |= {k: getattr(self, k) for k in own if k not in OURS}
         hf.pop("nanolong", None)
         hf = rope.write(self, hf)
         # what the others' fields do not say, or say as the others need it
@@ -287,6 +291,12 @@ class Llama(Module):
     def head(self, x):
         """[..., C] -> logits [..., V] in float32."""
         return logits(x, self.model.norm, self.readout)
+
+    @property
+    def segment(self):
+        """Tokens of the segments that the model is made for, or None: as its memory says, or as it was trained."""
+        said = [block.self_attn.memory.segment for block in self.model.layers]
+        return next(filter(None, said), self.config.segment)
 
     @property
     def readout(self):

@@ -200,7 +200,7 @@ def config_of(a, source):
             config = llama.Config.from_hf({"vocab_size": config.vocab_size, **json.loads(Path(a.init).read_text())})
         except (json.JSONDecodeError, TypeError, KeyError) as no:
             raise Refused(f"--init {a.init} is no config.json: {no}") from None
-    config = llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "memory", "adapter") if getattr(a, k)})
+    config = llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "memory", "adapter", "segment") if getattr(a, k)})
     pos = lambda stage: stage.pos or curriculum.stretched(a.pos or config.pos, stage.length, config)
     a.stages = [stage._replace(pos=pos(stage)) for stage in a.stages]
     for stage in a.stages:
@@ -359,9 +359,9 @@ def train(a, saved):
     metrics = rundir.Metrics(out, state["step"])
     if not metrics.series("valid_loss"):
         metrics.add(step=0, length=stage.length, valid_loss=evaluate(model, held_out, stage.of(a)))
-    fitness(corpus, a, draws)
     start = f"validation loss {metrics.series('valid_loss')[-1][1]:.4f} at step {state['step']} of {a.steps}"
     print(f"{out}: {sizes(model)}; {corpus.report()}; {start}")
+    fitness(corpus, a, draws)
 
     leave = listen()
     with tqdm(total=a.steps, initial=state["step"], unit="step", dynamic_ncols=True) as bar:

@@ -1,4 +1,5 @@
-"""The memory alone: what works a recurrent memory trains (its gates, vectors and mixes), and the base stays as it is.
+"""The memory alone: what works a recurrent memory trains (its gates, vectors and mixes: of tokens.py the vectors of Bulatov et al. 2022,
+arXiv:2207.06881), and the base stays as it is.
 
 Memories begin with their gates closed (memory/_beside.py), so step 0 is the base reading each segment by itself, and without the memory's
 file beside it the base is always what it was. rank=8 puts LoRA (lora.py) on top, for a base that is to learn to be read so.

@@ -48,7 +48,9 @@ class Beside(Memory):
         *more, adapter = more
         super().__init__(c, o, *more)
         if not self.looks:
-            raise ValueError("the attention pattern gathers the tokens that it sees, and a prefix is none of them: take another --attn")
+            raise ValueError(
+                "tokens are gathered or heads parted before they are seen, and a prefix is none of them: take another --attn or --memory"
+            )
         self.prefix, self.all = adapter.options, plugins.parse("attention", "full")
         self.prefix_k, self.prefix_v = (ops.Embedding(self.prefix.size, c.num_key_value_heads * c.head_dim) for _ in "kv")
         if self.prefix.closed:

@@ -37,6 +37,7 @@ class Memory(Module):
     whole_rows = False  # does training need a whole row at once?
     observes = False  # are some parameters learned from what is seen in training, not by gradients? Then see learn()
     learning = False  # does the model train?
+    segment = None  # tokens of the segments that it is made for, if it says so
     unturned = False  # do keys wait unturned under any position scheme?
     parts_heads = False  # does it treat heads differently, so that a pattern may not?
     looks = True  # does attend() see by look()? Else nothing can stand beside the slots

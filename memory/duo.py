@@ -89,7 +89,7 @@ class Keys:
 class Memory(Base):
     """A state holds that of each kind of heads: "full" and "streaming", where the layer has any."""
 
-    parts_heads = True
+    parts_heads, looks = True, False
 
     def __init__(self, c, o):
         super().__init__(c, o)

@@ -42,7 +42,7 @@ class Around(Base):
 class Memory(tokens.Memory):
     def __init__(self, c, o, *rest):
         super().__init__(c, o, *rest)
-        self.vectors = o.k * o.chunks
+        self.vectors, self.segment = o.k * o.chunks, o.chunk
 
     def stand(self, attn, x, seg, s, pos=None):
         new, n = self.standing(attn, x, seg, seg.at.at), self.vectors

@@ -1,5 +1,7 @@
 """Recurrent Memory Transformer and AutoCompressor: against the papers' concatenations, written out over the plain model."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import apart, influence, run, text, tiny, whole
@@ -121,3 +123,14 @@ def test_a_session_has_room_for_the_vectors(memory):
     got += [session.step(int(t)) for t in tokens[0, 16:]]
     want = run(tiny(memory=memory), tokens, [[8], [8], [1] * 4, [1] * 4])
     assert apart(np.stack([ops.numpy(y) for y in got]), want[0, 15:]) < 1e-4
+
+
+def test_a_checkpoint_is_read_in_the_segments_of_its_training(tmp_path, tokenizer_files):
+    c = Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=256, memory=SPEC, segment=7)
+    save(Llama(c).init(), tmp_path / "c", tokenizer_files)
+    hf = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert hf["nanolong"]["segment"] == 7 and "segment" not in hf
+    assert load(tmp_path / "c")[0].segment == 7
+    # a memory that says so knows better
+    assert load(tmp_path / "c", memory="summary:k=3,chunk=9")[0].segment == 9
+    assert load(tmp_path / "c", memory="full")[0].segment == 7 and tiny().segment is None
