@@ -149,7 +149,7 @@ class Segment(NamedTuple):
     turn: Any  # what the scheme computed from the positions, once for all layers that feel them alike
     bias: Any  # what the scheme adds to the logits, a kernels.Bias, or None
     close: bool  # the segment ends with this call: forget, compress, summarise now
-    vectors: int = 0  # so many of the tokens, at the end, are vectors of the model's own (memory.base.Around)
+    vectors: int = 0  # so many of the tokens, at the end, are vectors of the model's own (memory._around.Around)
     reading: bool = False  # all are, and they are read before the segments to come
 
     def queries(self, q):
@@ -350,29 +350,10 @@ class Llama(Module):
 
     def read(self, x, at, begin, count, close, state):
         """All layers over x [B, T, C] -> [B, T, C] and the new state. count: how many tokens they are, an int or [B]."""
-        around, n = self.around, state["next"] + count
-        if around is None:
-            x, layers = self.model(x, at, begin, close, state["layers"])
-            return x, {**state, "next": n, "layers": layers}
-        s = around.known(state["around"], x)
-        begin = None if begin is None else around.shifted(begin, at.at, s)
-        if not close:
-            x, layers = self.model(x, at, begin, close, state["layers"])
-            return x, {**state, "next": n, "layers": layers, "around": s if begin is None else {**s, "begin": begin[..., -1:]}}
-        T, m = x.shape[1], around.size
-        pos, live = around.places(n, s)
-        first = n if isinstance(n, int) and at.first is not None else None
-        s = {**s, "begin": s["newest"] * 0 if begin is None else begin[..., -1:]}
-        docs = None if begin is None else ops.expand(s["begin"], pos.shape)
-        x = ops.cat([x, ops.cast(around.inputs(s), x.dtype)], 1)
-        both = Places(ops.cat([at.at, pos], 2), at.first)
-        x, layers = self.model(x, both, None if begin is None else ops.cat([begin, docs], 2), close, state["layers"], vectors=m)
-        x, h, n = x[:, :T], self.model.norm(x[:, T:]), n + m * live
-        if around.read:
-            pos, _ = around.places(n, s)
-            _, layers = self.model(h, Places(pos, first and first + m), docs, False, layers, reading=True)
-            n = n + m * live
-        return x, {**state, "next": n, "layers": layers, "around": around.after(h, pos, s, isinstance(live, int))}
+        if self.around is not None:
+            return self.around.round(self.model, x, at, begin, count, close, state)
+        x, layers = self.model(x, at, begin, close, state["layers"])
+        return x, {**state, "next": state["next"] + count, "layers": layers}
 
     def number(self, tokens, start, padded):
         """Positions [B, 1, T] of tokens that follow `start` others, and how many they are."""

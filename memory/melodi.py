@@ -15,8 +15,8 @@ mixes the window's tokens in, which binds the weights to one length of window.
 
 import ops
 from memory import _beside
+from memory._around import Around as Base
 from memory._beside import Beside
-from memory.base import Around as Base
 from memory.base import blank
 
 

@@ -12,7 +12,7 @@ every second segment, --bptt 1.
 
 import ops
 from memory import tokens
-from memory.base import Around as Base
+from memory._around import Around as Base
 
 
 class Options:

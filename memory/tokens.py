@@ -15,8 +15,8 @@ import functools
 import ops
 import plugins
 from memory import _beside
+from memory._around import Around as Base
 from memory._beside import Beside
-from memory.base import Around as Base
 
 KEEP = ("none", "window", "sinks", "xl", "snapkv", "tova", "keydiff")
 
