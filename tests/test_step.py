@@ -238,7 +238,9 @@ WHOLE = [
     ("longformer:window=9,n_global=3", "rope", "sinks:budget=12", True),
     ("full", "yarn:factor=2,original=16", "snapkv:budget=12,window=4", True),
     ("window:window=9", "rope:partial=0.5", "h2o:budget=12", True),
-    ("full", "rope", "full/adakv:budget=12,window=4", True),
+    ("full", "rope", "full/pyramidkv:budget=12,window=4", True),
+    # what is kept of its past lies otherwise
+    ("full", "rope", "adakv:budget=12,window=4", False),
     ("full", "rope", "snapkv:budget=12,window=4,kv_positions=reindex", False),
     ("full", "rope", "quantised:budget=12,channels=4", False),
     ("longformer:window=9,n_global=3,own_projections=true", "rope", "window:budget=12", False),
