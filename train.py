@@ -119,10 +119,11 @@ def depth(text):
 
 def use_backend(name):
     """Import what stands on a framework; not at the top of the file, because the backend must be chosen before."""
-    global llama, ops, segments
+    global frozen, llama, ops, segments
     ops = cli.use_backend(name)
     import model as llama
     import segments
+    from kernels import frozen
 
 
 def settle(given):
@@ -246,10 +247,11 @@ def build(a, config, source, fresh):
         block.tile = a.mlp_tile
     named, observers = ops.parameters(model), tuple(model.observers())
     observed = {n for n in named if n.startswith(observers)}
-    frozen = {n: p for n, p in named.items() if n not in observed and not model.trains(n)}
-    ops.set_parameters(model, {n: ops.cast(p, model.dtype) for n, p in frozen.items()})
-    ops.freeze(model, frozen.keys() | observed)
+    still = {n: p for n, p in named.items() if n not in observed and not model.trains(n)}
+    ops.set_parameters(model, {n: ops.cast(p, model.dtype) for n, p in still.items()})
+    ops.freeze(model, still.keys() | observed)
     model.model.patterns(training=True)
+    frozen.use(model)
     # read now: a checkpoint that is read lazily may be pruned before its first use
     ops.wait(ops.parameters(model))
     return model, tokenizer

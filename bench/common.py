@@ -52,10 +52,10 @@ def remember(model, spec):
     import plugins
     from model import remember
 
-    c, layers = model.config, model.model.layers
+    c, layers, full = model.config, model.model.layers, plugins.parse("adapters", "full")
     memories = plugins.tile("memory", spec, len(layers), n_head=c.num_attention_heads, n_kv_head=c.num_key_value_heads)
     for block, memory in zip(layers, memories):
-        block.self_attn.memory = remember(memory, block.self_attn.asked, c)
+        block.self_attn.memory = remember(memory, block.self_attn.asked, full, c)
 
 
 def machine():

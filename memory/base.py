@@ -5,7 +5,8 @@ A layer's state is a dict that is passed in and handed back:
               position scheme is `late` or the policy says `unturned`: then they wait as they are, and are turned as they are seen
     pos       [B, 1, N], or [B, K, N] where heads remember different tokens
     n         slots in use, the rest being room: an int while the host knows it, an array inside a static graph
-    first     the position of slot 0 if the slots in use are consecutive and the host knows it, else None
+    first     the position of slot 0 if the slots in use are consecutive and the host knows it, else None; the `always` leading slots
+              count as standing right before the others: where they really stand matters to nobody but documents and biases
     solid     does the host know that no slot in use is empty? (not there: nothing was written yet)
     capacity  slots to allocate, an int: what survives a close and the longest segment that comes piece by piece
 Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
@@ -28,6 +29,7 @@ class Memory(Module):
     size = None  # slots that survive a close; None: all of them. What follows from a budget is a property: see settle()
     always = 0  # that many leading slots are exempt from the attention pattern,
     opening = 0  # and so are the first so many tokens of each document
+    slides = False  # are those that stay always the `always` leading slots and the newest?
     ordered = False  # must what stays be in order of position, in a static graph too?
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds
@@ -137,7 +139,12 @@ class Memory(Module):
 
     def forget(self, attn, seg, s):
         """The best `size` slots first."""
-        size = min(self.size, s["pos"].shape[2])
+        N = s["pos"].shape[2]
+        size = min(self.size, N)
+        if self.slides and s["first"] is not None and seg.begin is None:
+            # the host knows which: slices, of which the gradient is a copy
+            stay = lambda a: ops.cat([a[:, :, : self.always], a[:, :, N - size + self.always :]], 2)
+            return {**s, **{f: stay(s[f]) for f in self.fields if f in s}, "n": size, "first": s["first"] + N - size}
         rank = ops.where(s["pos"] < 0, -1e30, self.rank(attn, seg, s))
         n = size if isinstance(s["n"], int) else ops.minimum(s["n"], size)
         s = kept(rank, s, [f for f in self.fields if f in s], size, self.ordered)

@@ -29,6 +29,7 @@ def check(o):
 class Memory(Base):
     # born: where the token really stood; pos: where it is felt to stand
     fields, beside = ("k", "v", "pos", "born"), {"born": "at"}
+    slides = True
 
     def __init__(self, c, o):
         super().__init__(c, o)
@@ -41,6 +42,12 @@ class Memory(Base):
     def rank(self, attn, seg, s):
         since = s["born"] - (0 if seg.begin is None else seg.begin[..., -1:])
         return ops.where(since < self.o.sinks, 1e9 - ops.cast(since, ops.float32), ops.cast(s["pos"], ops.float32))
+
+    def seen(self, attn, q, seg, s):
+        k, v, slots = super().seen(attn, q, seg, s)
+        plain = seg.begin is None and seg.bias is None
+        # sinks that stand elsewhere are exempt from the rule, and nothing else asks where
+        return k, v, slots if plain or self.o.kv_positions == "reindex" else slots._replace(first=None)
 
     def stays(self, n):
         at = np.arange(n)

@@ -14,6 +14,8 @@ def check(o):
 
 
 class Memory(Base):
+    slides = True
+
     @property
     def size(self):
         return self.o.budget

@@ -308,7 +308,8 @@ def run(args, result, keep):
     if args.jobs:
         if "text" in args.tasks:
             # into the cache, before all want it at once
-            train.corpora(args, tokenizers.load(extrapolate.byte_folder(args.models.absolute() / "start", TEXT_SHAPE, 1)))
+            paths = SimpleNamespace(data=args.data, valid=args.valid, upsample=1)
+            train.corpora(paths, tokenizers.load(extrapolate.byte_folder(args.models.absolute() / "start", TEXT_SHAPE, 1)))
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(work, asked))
     else:

@@ -1,0 +1,106 @@
+"""Training beside frozen matrices (kernels/frozen.py) against the model as model.py has it: loss, state and every gradient."""
+
+import numpy as np
+import pytest
+from conftest import apart, text
+from test_adapters import fresh, moved
+
+import data
+import kernels
+import ops
+import segments
+import train
+
+if not kernels.TRITON:
+    pytest.skip("needs Triton, and CUDA or TRITON_INTERPRET=1", allow_module_level=True)
+
+from kernels import frozen
+
+T = 40
+WAYS = {
+    "whole": {},
+    "longformer": {"attn": "longformer:window=9,n_global=2", "memory": "sinks:budget=10,sinks=2,kv_positions=absolute", "segment": 10},
+    "xl": {"memory": "xl:length=8", "segment": 10},
+    "tokens": {"memory": "tokens:size=2,keep=window,budget=8", "segment": 10},
+    "alibi": {"pos": "alibi", "attn": "window:window=7", "memory": "window:budget=6", "segment": 7},
+}
+
+
+def ready(adapter, segment=None, seed=1, **how):
+    """A model that is ready to train: the adapter's parameters somewhere, the rest frozen."""
+    model = moved(fresh(adapter=adapter, **how))
+    ops.freeze(model, [n for n in ops.parameters(model) if not model.trains(n)])
+    return model
+
+
+def step(model, segment=None, begin=None):
+    """(loss, gradients) of a batch of two rows, the second one of two documents if so asked."""
+    begin = np.zeros((2, T), "int32") if begin is None else begin
+    batch = data.Batch(text(T, 2), text(T, 2, seed=1), begin, [[], []])
+    if segment:
+        outs, grads = segments.accumulate(model, segments.cut(batch, segment), train.nats, {})
+        return sum(out[0].item() for out in outs), grads
+    out, grads = ops.accumulate(model, lambda: train.loss_and_seen(model, batch, 1), {})
+    return out[0].item(), grads
+
+
+def same(got, want, close=2e-5):
+    (loss, grads), (loss_, grads_) = got, want
+    assert abs(loss - loss_) < 1e-4 * abs(loss_) and grads.keys() == grads_.keys()
+    for name, g in grads_.items():
+        assert apart(grads[name], g) < close, name
+    assert sum(float(abs(g).sum()) > 0 for g in grads_.values()) > len(grads_) / 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("adapter", ["lora:rank=4", "lora:rank=3,targets=q_proj+v_proj+down_proj,rslora=true"], ids=["all", "some"])
+def test_it_is_the_same_model(way, adapter):
+    segment = WAYS[way].get("segment")
+    plain, fused = ready(adapter, **WAYS[way]), ready(adapter, **WAYS[way])
+    frozen.use(fused)
+    assert all("forward" in vars(block) for block in fused.model.layers)
+    same(step(fused, segment), step(plain, segment))
+
+
+def test_documents_checkpoints_and_chunks():
+    begin = np.zeros((2, T), "int32")
+    begin[1, 17:] = 17
+    plain, fused = ready("lora"), ready("lora")
+    frozen.use(fused)
+    fused.model.run, fused.chunk = ops.checkpoint, 11
+    same(step(fused, begin=begin), step(plain, begin=begin))
+
+
+def test_a_step_is_seen_by_the_next_one():
+    plain, fused = ready("lora"), ready("lora")
+    frozen.use(fused)
+    for model in (plain, fused):
+        ops.AdamW(model, (0.9, 0.95), 1e-8, 0.0).step(step(model)[1], 0.1)
+    same(step(fused), step(plain), 2e-4)
+
+
+def test_dropout_is_the_plain_path():
+    plain, fused = ready("lora:dropout=0.5"), ready("lora:dropout=0.5")
+    frozen.use(fused)
+    before = step(fused)
+    for model in (plain, fused):
+        model.shake(5)
+    same(step(fused), step(plain))
+    assert abs(before[0] - step(fused)[0]) > 1e-3
+
+
+@pytest.mark.parametrize("adapter, blocks", [("longlora", False), ("lora:dora=true", False), ("full", False), ("prefix", True)])
+def test_what_it_does_not_do_stays(adapter, blocks):
+    model = ready(adapter)
+    frozen.use(model)
+    assert [("forward" in vars(block)) for block in model.model.layers] == [blocks] * 2
+    same(step(model), step(ready(adapter)))
+
+
+def test_the_weights_are_where_they_were():
+    plain, fused = ready("lora"), ready("lora")
+    frozen.use(fused)
+    before, after = ops.parameters(plain), ops.parameters(fused)
+    assert before.keys() == after.keys() and all(apart(after[n], x) == 0 for n, x in before.items())
+    attn = fused.model.layers[0].self_attn
+    assert attn.q_proj.weight.untyped_storage().data_ptr() == attn.k_proj.weight.untyped_storage().data_ptr(), "one matrix in memory"
