@@ -93,17 +93,21 @@ def forward(model, piece, loss, state):
 
 def backward(model, run, loss, state, grads, offload):
     """As accumulate, for a run of segments from a state on, between whose boundaries nothing is cut; returns the state after it too."""
-    away, back = (ops.to_host, ops.to_device) if offload else (lambda x: x, lambda x: x)
-    saved, outs, handed, after_all = [state], [], None, None
+    park = ops.parked if offload else Here
+    saved, outs, handed, after_all = [], [], None, None
     with ops.no_grad():
-        for piece in run[:-1]:
+        for i, piece in enumerate(run[:-1]):
+            saved.append(park(state, len(run) - 2 - i) if saved else Here(state))
             tokens, begin = inputs(piece)
             # logits are of no use here: those of one token are made, since some are
             _, state, *_ = read(model, tokens, state, begin=begin, last=1)
-            ops.wait(state)
-            saved.append(ops.tree_map(away, state))
+            ops.begin(state)
+    saved.append(Here(state))
     for piece in reversed(run):
-        state = ops.tree_map(back, saved.pop())
+        state = saved.pop().back()
+        if saved:
+            # while this segment is computed
+            saved[-1].fetch()
 
         def f(*arrays, piece=piece, state=state, handed=handed):
             one, after, seen, aux = forward(model, piece, loss, filled(state, arrays))
@@ -115,10 +119,22 @@ def backward(model, run, loss, state, grads, offload):
     return outs, after_all, grads
 
 
+class Here:
+    """A state that stays where it is, as ops.parked() gives one that does not."""
+
+    def __init__(self, state, more=0):
+        self.state = state
+
+    def fetch(self):
+        pass
+
+    def back(self):
+        return self.state
+
+
 def along(handed, state):
-    """<handed, state>: the inner product of the gradient of a state, and it. handed None: nothing comes after."""
-    product = lambda g, x: (ops.cast(g, ops.float32) * ops.cast(x, ops.float32)).sum()
-    return sum(map(product, handed, differing(state))) if handed else 0.0
+    """What has the gradient of a state, handed by what comes after it, as its own. handed None: nothing comes after."""
+    return sum(map(ops.inner, handed, differing(state))) if handed else 0.0
 
 
 def differing(state):

@@ -58,6 +58,11 @@ def wait(*trees):
     mx.eval(*trees)
 
 
+def begin(*trees):
+    """Have what was asked for so far computed: MLX notes what is to be done, and everything that it is done with."""
+    mx.eval(*trees)
+
+
 # arrays
 
 Array = mx.array
@@ -439,6 +444,11 @@ def accumulate_through(model, f, arrays, grads):
     return out, of_arrays, new
 
 
+def inner(g, x):
+    """A scalar whose gradient for x is g, a constant, as that of the inner product <g, x> is. Its value is of no use."""
+    return (g.astype(float32) * x.astype(float32)).sum()
+
+
 def scaled(arrays, factor):
     """The arrays (used up) times a number."""
     return {n: arrays.pop(n) * factor for n in list(arrays)}
@@ -502,14 +512,21 @@ def tree_map(f, tree):
     return _tree_map(lambda x: f(x) if is_array(x) else x, tree)
 
 
-def to_host(x):
-    """The array in the host's memory: MLX has one memory for host and device."""
-    return x
+def parked(tree, more=0):
+    """The tree of arrays, waiting in the host's memory: `.fetch()` begins to bring it back, `.back()` is the tree where arrays live.
+    more: so many trees like it will follow. MLX has one memory for host and device."""
+    return _Parked(tree)
 
 
-def to_device(x):
-    """The array back where arrays live."""
-    return x
+class _Parked:
+    def __init__(self, tree):
+        self.tree = tree
+
+    def fetch(self):
+        pass
+
+    def back(self):
+        return self.tree
 
 
 def scalar(n):

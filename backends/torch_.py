@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
+from backends._parked import Parked
 from errors import Refused
 
 # types and devices
@@ -71,6 +72,10 @@ def wait(*trees):
     """Return when everything asked for so far is computed."""
     if device().type == "cuda":
         torch.cuda.synchronize()
+
+
+def begin(*trees):
+    """Have what was asked for so far computed: it is, here."""
 
 
 # arrays
@@ -468,6 +473,23 @@ def accumulate_through(model, f, arrays, grads):
     return tree_map(torch.detach, out), [torch.zeros_like(x) if x.grad is None else x.grad for x in arrays], grads
 
 
+def inner(g, x):
+    """A scalar whose gradient for x is g, a constant, as that of the inner product <g, x> is. Its value is of no use."""
+    return _Inner.apply(g, x)
+
+
+class _Inner(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g, x):
+        ctx.save_for_backward(g)
+        return torch.zeros((), dtype=torch.float32, device=x.device)
+
+    @staticmethod
+    def backward(ctx, d):
+        # neither in a wider type, nor multiplied by anything but 1
+        return None, ctx.saved_tensors[0]
+
+
 def scaled(arrays, factor):
     """The arrays (used up) times a number."""
     torch._foreach_mul_(list(arrays.values()), factor)
@@ -532,14 +554,23 @@ def tree_map(f, tree):
     return f(tree) if is_array(tree) else tree
 
 
-def to_host(x):
-    """The array in the host's memory."""
-    return x.to("cpu")
+def parked(tree, more=0):
+    """The tree of arrays, waiting in the host's memory: `.fetch()` begins to bring it back, `.back()` is the tree where arrays live.
+    more: so many trees like it will follow."""
+    if device().type == "cuda":
+        return Parked(tree_map, tree, device(), more)
+    return _Parked(tree_map(lambda x: x.to("cpu"), tree))
 
 
-def to_device(x):
-    """The array back where arrays live."""
-    return x.to(device())
+class _Parked:
+    def __init__(self, tree):
+        self.tree = tree
+
+    def fetch(self):
+        pass
+
+    def back(self):
+        return tree_map(lambda x: x.to(device()), self.tree)
 
 
 def scalar(n):

@@ -1,0 +1,109 @@
+"""Trees of CUDA tensors that wait in the host's memory: copied there and back by a stream of their own, beside what the device computes.
+
+Only page-locked memory is copied so. Locking costs as much as a copy of some hundred megabytes does a thousand times, and torch's own
+rounds up to a power of two; so memory is locked here, exactly as much as is asked for, by threads that are ahead of the copies, and is
+used again. What the host has no room for becomes a file that is mapped, without a name, in the folder for temporary files.
+"""
+
+import functools
+import mmap
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+LINE = 256  # bytes that every array begins at a multiple of
+AHEAD = 6  # pieces of memory that threads lock before they are wanted
+SPARE = 1 << 32  # bytes of the host's memory that stay for others
+
+
+class Parked:
+    """A tree, away from the device as soon as the device gets to it. tree_map: as in ops; more: so many trees like it will follow."""
+
+    def __init__(self, tree_map, tree, device, more=0):
+        sizes = []
+        tree_map(lambda x: sizes.append(-(-x.nbytes // LINE) * LINE), tree)
+        self.map, self.device, self.there, self.piece, at = tree_map, device, None, piece(sum(sizes), more), 0
+        lane(device).wait_stream(torch.cuda.current_stream(device))
+
+        def put(x):
+            nonlocal at
+            to = self.piece[at : at + x.nbytes].view(x.dtype).view(x.shape)
+            at += -(-x.nbytes // LINE) * LINE
+            # not before the copy is done may others have the memory
+            to.copy_(x, non_blocking=True)
+            x.record_stream(lane(device))
+            return to
+
+        with torch.cuda.stream(lane(device)):
+            self.tree = tree_map(put, tree)
+
+    def fetch(self):
+        """Begin to bring it back."""
+        if self.there is None:
+            with torch.cuda.stream(lane(self.device)):
+                self.there = self.map(lambda x: x.to(self.device, non_blocking=True), self.tree)
+            self.done = lane(self.device).record_event()
+            # copies of later trees into this memory come behind these on the same stream
+            free.setdefault(len(self.piece), []).append(self.piece)
+            self.tree = self.piece = None
+
+    def back(self):
+        """The tree on the device."""
+        self.fetch()
+        now, there = torch.cuda.current_stream(self.device), self.there
+        now.wait_event(self.done)
+        self.map(lambda x: x.record_stream(now), there)
+        return there
+
+
+@functools.cache
+def lane(device):
+    return torch.cuda.Stream(device)
+
+
+free, coming = {}, {}  # by their length: pieces that nobody uses, and those that threads are at work on
+
+
+@functools.cache
+def threads():
+    return ThreadPoolExecutor(AHEAD)
+
+
+def piece(n, more):
+    """n bytes of the host's memory that copies to and from the device go by."""
+    if free.get(n):
+        return free[n].pop()
+    ahead = coming.setdefault(n, [])
+    while len(ahead) < min(AHEAD, more + 1):
+        ahead.append(threads().submit(locked, n))
+    return ahead.pop(0).result()
+
+
+def locked(n):
+    """n bytes, page-locked where there is room for them."""
+    if available() - n < SPARE:
+        return on_disk(n)
+    memory = mmap.mmap(-1, n)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    x = torch.frombuffer(memory, dtype=torch.uint8)
+    # for good: the same memory is used until the process ends
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), n, 0)))
+    return x
+
+
+def on_disk(n):
+    with tempfile.TemporaryFile() as file:
+        file.truncate(n)
+        return torch.frombuffer(mmap.mmap(file.fileno(), n), dtype=torch.uint8)
+
+
+def available():
+    """Bytes of the host's memory that are free."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
