@@ -17,6 +17,7 @@ from kernels.slots_triton import LOG2E, added, differs, looked, scratch, turned,
 from kernels.triton_ import INTERPRETED, MASKED, layer_of, seen
 
 DIGIT = tl.constexpr(254)  # what a query's second digit counts to
+SECOND = tl.constexpr("shr.u32 b, $2, 4; and.b32 b, b, 0x0F0F0F0F;")
 WIDEST = tl.constexpr(16384.0)  # the largest weight times s, in float16
 
 
@@ -40,16 +41,23 @@ def plane(code, j: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr):
 def half(code, j: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr):
     """The j-th codes of bytes, as float16: the bits of 1024 + c end in those of c."""
     if FAST:
-        if PLANES == 2:
-            code = plane(code, j, PLANES, FAST)
+        # called pure, it would be done behind the shared memory, whose bytes are then read one by one for want of an order
+        first: tl.constexpr = "mov.b32 b, $2;" if PLANES == 1 else "and.b32 b, $2, 0x0F0F0F0F;" if j == 0 else SECOND
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 a; .reg .b32 b; mov.b32 a, 0x64006400; prmt.b32 b, $2, a, 0x5150; prmt.b32 $1, $2, a, 0x5352;"
-            " sub.f16x2 $0, b, a; sub.f16x2 $1, $1, a; }",
-            "=&r,=&r,r", [code], dtype=tl.float16, is_pure=True, pack=4,
+            "{ .reg .b32 a; .reg .b32 b; mov.b32 a, 0x64006400; " + first + " prmt.b32 $0, b, a, 0x5150; prmt.b32 $1, b, a, 0x5352;"
+            " sub.f16x2 $0, $0, a; sub.f16x2 $1, $1, a; }",
+            "=&r,=&r,r", [code], dtype=tl.float16, is_pure=False, pack=4,
         )  # fmt: skip
     if PLANES == 2:
         return ((code.to(tl.int32) >> (4 * j)) & 15).to(tl.float16)
     return code.to(tl.float16)
+
+
+@triton.jit
+def pair(x, GC: tl.constexpr, BLOCK: tl.constexpr):
+    """s and z [GC, BLOCK] as they stand beside each other, [BLOCK, 2 GC]."""
+    s, z = tl.split(tl.permute(tl.reshape(x.to(tl.float32), (BLOCK, 2, GC)), (2, 0, 1)))
+    return s, z
 
 
 @triton.jit
@@ -146,7 +154,7 @@ def remembered(
     off: tl.constexpr = 128 if PLANES == 1 else 0
     gb = tl.arange(0, GB)
     heads = h * G + tl.minimum(gb, G - 1)
-    group = tl.arange(0, GC)[:, None]
+    group = tl.arange(0, 2 * GC)[None, :]
     m = tl.full([GB], MASKED, tl.float32)
     # sums over slots are kept by lane, and added up at the end
     l = tl.zeros([GB, BLOCK], tl.float32)
@@ -166,9 +174,8 @@ def remembered(
             hp = kp * 0 + heads[:, None]
         at = slot.to(tl.int64)[:, None] * DB + b
         code = tl.load(KC + at, mask=there[:, None] & (b < DB), other=0)
-        where_s = slot[None, :] * (2 * GC) + group
-        ks = tl.load(KS + where_s, mask=there[None, :], other=0.0).to(tl.float32)
-        kz = tl.load(KS + where_s + GC, mask=there[None, :], other=0.0).to(tl.float32)
+        sz = slot[:, None] * (2 * GC) + group
+        ks, kz = pair(tl.load(KS + sz, mask=there[:, None], other=0.0), GC, BLOCK)
         k0 = tl.trans(plane(code, 0, PLANES, FAST))
         hi = tl.dot(hi0, k0, out_dtype=tl.int32)
         lo = tl.dot(lo0, k0, out_dtype=tl.int32)
@@ -188,8 +195,7 @@ def remembered(
         a = tl.math.exp2(m - safe)
         m = new
         l = l * a[:, None] + w
-        vs = tl.load(VS + where_s, mask=there[None, :], other=0.0).to(tl.float32)
-        vz = tl.load(VS + where_s + GC, mask=there[None, :], other=0.0).to(tl.float32)
+        vs, vz = pair(tl.load(VS + sz, mask=there[:, None], other=0.0), GC, BLOCK)
         zero = zero * a[:, None, None] + w[:, None, :] * vz[None, :, :]
         larger = tl.maximum(large, tl.max(tl.max(vs, 1), 0))
         ws = (w[:, None, :] * (vs * (WIDEST / larger))[None, :, :]).to(tl.float16)
@@ -279,11 +285,11 @@ def join_slots(
     i = tl.program_id(0)
     h = tl.program_id(1)
     r = tl.arange(0, RP)
-    worst = tl.load(WORST + (h % HEADS) * R + r, mask=r < R, other=M)
+    worst = tl.load(WORST + (h % HEADS) * R + r, mask=r < R, other=-1)
     goes = tl.sum((worst == M + i).to(tl.int32))
     if goes == 0:
         # so many before it stay too, and the old ones that go come first
-        m = i - tl.sum(((worst >= M) & (worst < M + i) & (r < R)).to(tl.int32))
+        m = i - tl.sum(((worst >= M) & (worst < M + i)).to(tl.int32))
         to = tl.load(WORST + (h % HEADS) * R + m)
         copied(KC, KC1, h, i, to, M, R, DB, DW, 1 << 20)
         copied(KS, KS1, h, i, to, M, R, GS, GW, 1 << 20)

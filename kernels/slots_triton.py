@@ -110,7 +110,7 @@ def added(
     K_HEADS: tl.constexpr, G: tl.constexpr, GR: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The last of a head's S programs adds up what they left, and the last of all moves the counter on. SP: the power of two that holds S."""
+    """The last of a head's S programs adds up what they left, the last of all moves the counter on. SP: a power of two that holds S."""
     # what all threads wrote must be there before one of them says so
     tl.debug_barrier()
     if tl.atomic_add(COUNT + h, 1) == S - 1:
