@@ -348,7 +348,8 @@ WHOLE = [
     # or as codes
     ("full", "rope", "quantised:budget=12,channels=4,turned=true", True),
     ("window:window=9", "rope", "quantised:budget=60,channels=8,bits=4,turned=true", True),
-    ("full", "rope", "quantised:budget=12,channels=2,keep=snapkv,window=4,turned=true", True),
+    ("full", "rope", "quantised:budget=12,channels=2,keep=tova,turned=true", True),
+    ("full", "rope", "quantised:budget=40,channels=2,keep=snapkv,turned=true", True),
     ("longformer:window=9,n_global=3,own_projections=true", "rope", "window:budget=12", False),
     ("full", "alibi", "sinks:budget=12", False),
     ("full", "dynamic:original=16", "h2o:budget=12", False),
