@@ -131,13 +131,32 @@ def filled(session, n):
     """A session whose layers hold n random entries at positions 0 to n - 1."""
     import ops
 
-    for s in session.state["layers"]:
+    for memory, s in zip(session.memories, session.state["layers"]):
+        if "past" in s:
+            s["past"] = coded(memory, s, n)
+            continue
         for f in "kv":
             s[f][:, :, :n].normal_() if hasattr(s[f], "normal_") else None
         N = s["pos"].shape[2]
         s["pos"] = ops.array(np.where(np.arange(N) < n, np.arange(N), -1).astype("int32")[None, None])
         s["n"], s["first"] = n, None
     session.state["next"] = n
+
+
+def coded(memory, s, n):
+    """A `quantised` past of `size` slots, n of them random entries at positions 0 to n - 1."""
+    import ops
+    from memory.base import blank
+
+    one, N = s["past"], memory.size
+    past = {f: blank(f, a, N) for f, a in one.items()}
+    for f in "kv":
+        past[f"{f}_code"].random_(0, 256)
+        # of about unit spread
+        G = past[f"{f}_scale"].shape[3] // 2
+        past[f"{f}_scale"][..., :G], past[f"{f}_scale"][..., G:] = 6 / (2**memory.bits - 1), -3
+    past["pos"] = ops.expand(ops.array(np.where(np.arange(N) < n, np.arange(N), -1).astype("int32")), (*one["pos"].shape[:2], N)) + 0
+    return past
 
 
 def whole(model, args, read=None, slots_=None, write=256, plain=False):
@@ -163,7 +182,10 @@ def whole(model, args, read=None, slots_=None, write=256, plain=False):
     loop(session, sampler, token, write)
     ms = (time.perf_counter() - start) / write * 1e3
     out |= {"tokens/s": round(1e3 / ms, 1), "ms": round(ms, 4), "grown": memory(session) - allocated}
-    entries = sum(ops.nbytes(x) * min(session_n(s) / x.shape[2], 1) for s in session.run.state["layers"] for f, x in s.items() if f in "kv")
+    layers = session.run.state["layers"]
+    entries = sum(ops.nbytes(x) * min(session_n(s) / x.shape[2], 1) for s in layers for f, x in s.items() if f in "kv")
+    entries += sum(ops.nbytes(x) for s in layers for f, x in s.get("past", {}).items())
+    out["cache_MiB"] = round(session.nbytes() / 2**20, 1)
     used = {n: p for n, p in ops.parameters(model).items() if "embed" not in n}
     graphs = getattr(session.run, "graphs", None)
     if graphs:
@@ -286,6 +308,14 @@ def main():
             note("attention with mass", sizes[0], attention(model.config, sizes[0], dtype, mass=True))
     for n in sizes if "full" in parts else []:
         note("full", n, whole(of(model), args, slots_=n - 64 - args.write, write=args.write)[1])
+    for bits, channels in ((8, 128), (8, 32), (4, 32)) if "quantised" in parts else []:
+        size, channels = sizes[-1], min(channels, model.config.head_dim)
+        other = of(model, memory=f"quantised:budget={size},bits={bits},channels={channels},turned=true")
+        out = whole(other, args, slots_=size - 64 - args.write, write=args.write)[1]
+        note("quantised", f"{size} entries, {bits} bits, groups of {channels}", out)
+        if "equal" in parts:
+            small = of(model, memory=f"quantised:budget=2048,bits={bits},channels={channels},turned=true")
+            note("quantised", f"graph against eager, {bits} bits, groups of {channels}", equal(small))
     for name in args.memories.split(",") if "bounded" in parts else []:
         other = of(model, memory=f"{name}:budget={args.kept}")
         session, out = whole(other, args, read=2 * args.kept, write=args.write)

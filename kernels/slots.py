@@ -20,6 +20,17 @@ def plain(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, b
     s["q_at"] [1, 1, recent]: that of position p at p % recent.
     Returns the values that the token sees, weighted, [H D], and the state after: of the same arrays where they can be written in place.
     """
+    q, s = written(row, turn, at, s, born, mass, recent)
+    what = q, s["k"], Places(at), Places(s["pos"]), rule, begin, always, opening, scale
+    y = attend(*what[:2], s["v"], *what[2:]).reshape(-1)
+    if mass:
+        K, N = s["k"].shape[1:3]
+        s = {**s, mass: ops.put(s[mass], s[mass] + weights(*what).reshape(1, K, -1, N).sum(2), 0)}
+    return y, {**s, "n": ops.advance(s["n"], 1)}
+
+
+def written(row, turn, at, s, born=None, mass=None, recent=0):
+    """The token's queries, turned, [1, H, 1, D], and the state with its key, its value and what is noted of it; n is not moved on."""
     n, K, D = s["n"], s["k"].shape[1], s["k"].shape[3]
     H = row.shape[0] // D - 2 * K
     q, k, v = (row[a * D : b * D].reshape(1, -1, 1, D) for a, b in ((0, H), (H, H + K), (H + K, H + 2 * K)))
@@ -31,12 +42,7 @@ def plain(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, b
     s = {**s, **{f: ops.put(s[f], x, n) for f, x in new.items()}}
     if recent:
         s = {**s, **{f: ops.put(s[f], x, at[0, 0, 0] % recent) for f, x in (("q", q), ("q_at", at))}}
-    what = turned(q, *turn), s["k"], Places(at), Places(s["pos"]), rule, begin, always, opening, scale
-    y = attend(*what[:2], s["v"], *what[2:]).reshape(-1)
-    if mass:
-        N = s["k"].shape[2]
-        s = {**s, mass: ops.put(s[mass], s[mass] + weights(*what).reshape(1, K, -1, N).sum(2), 0)}
-    return y, {**s, "n": ops.advance(n, 1)}
+    return turned(q, *turn), s
 
 
 def kept(rank, s, fields, size, ordered=True):

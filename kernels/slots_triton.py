@@ -35,6 +35,112 @@ def turned(X, COS, SIN, d, D: tl.constexpr, P: tl.constexpr):
     return x, x * cos + tl.where(lower, -other, other) * sin
 
 
+@triton.jit
+def written(
+    ROW, K, V, POS, BORN, RECENT, RECENT_AT, SCORE, COS, SIN, raw, q, h, heads, mine, n, p, begin, layer, N, first_slot,
+    K_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    RULE: tl.constexpr, DOCS: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
+):  # fmt: skip
+    """The new token of key head h takes slot n. Its queries see it: the maximum, the sum and the values to go on from. K, V, POS: the
+    head's own; first_slot: so many slots stand elsewhere, before these."""
+    d = tl.arange(0, DP)[None, :]
+    inside = d < D
+    _, key = turned(ROW + (K_HEADS * G + h) * D, COS, SIN, d, D, P)
+    value = tl.load(ROW + (K_HEADS * G + K_HEADS + h) * D + d, mask=inside, other=0.0).to(tl.float32)
+    to = n.to(tl.int64) * D + d
+    tl.store(K + to, key.to(K.dtype.element_ty), mask=inside)
+    tl.store(V + to, value.to(V.dtype.element_ty), mask=inside)
+    # where heads share positions all of them write the same
+    tl.store(POS + n, p)
+    if BORN is not None:
+        tl.store(BORN + n, p)
+    if RECENT is not None:
+        tl.store(RECENT + (heads[:, None] * W + p % W) * D + d, raw.to(RECENT.dtype.element_ty), mask=mine[:, None] & inside)
+        tl.store(RECENT_AT + p % W, p)
+    own = tl.sum(q * key, 1)
+    here = heads * 0
+    see = seen(p + here, p + here, begin, first_slot + n + here, heads, layer, 0, RULE, True, DOCS, False, ALWAYS, OPENING)
+    m = tl.where(see, own, MASKED)
+    l = tl.where(see, 1.0, 0.0)
+    if SCORE is not None:
+        tl.store(SCORE + heads * N + n, m, mask=mine)
+    return m, l, l[:, None] * value
+
+
+@triton.jit
+def looked(
+    K, V, POS, SCORE, q, m, l, acc, start, stop, h, heads, mine, p, begin, layer, N, first_slot,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+    RULE: tl.constexpr, EACH: tl.constexpr, DOCS: tl.constexpr, ALWAYS: tl.constexpr, OPENING: tl.constexpr,
+):  # fmt: skip
+    """Queries q [GP, DP] over slots from start to stop, going on from m, l and acc."""
+    d = tl.arange(0, DP)[None, :]
+    inside = d < D
+    for i in range(start, stop, BLOCK):
+        slot = i + tl.arange(0, BLOCK)
+        there = slot < stop
+        kp = tl.load(POS + slot, mask=there, other=-1)[None, :]
+        hp = h * G
+        if EACH:
+            # a rule's own variables may not change their shape
+            kp += heads[:, None] * 0
+            hp = kp * 0 + heads[:, None]
+        row = slot.to(tl.int64)[:, None] * D + d
+        k = tl.load(K + row, mask=there[:, None] & inside, other=0.0)
+        e = tl.dot(q, tl.trans(k), input_precision="ieee")
+        see = seen(p, kp, begin, first_slot + slot[None, :], hp, layer, 0, RULE, True, DOCS, False, ALWAYS, OPENING)
+        e = tl.where(see, e, MASKED)
+        if SCORE is not None:
+            tl.store(SCORE + heads[:, None] * N + slot[None, :], e, mask=mine[:, None] & there[None, :])
+        new = tl.maximum(m, tl.max(e, 1))
+        # a row that has seen nothing yet has a maximum far below any score
+        safe = tl.where(new > -1e20, new, 0.0)
+        w = tl.math.exp2(e - safe[:, None])
+        a = tl.math.exp2(m - safe)
+        m = new
+        l = l * a + tl.sum(w, 1)
+        v = tl.load(V + row, mask=there[:, None] & inside, other=0.0)
+        acc = tl.dot(w.to(v.dtype), v, acc * a[:, None], input_precision="ieee")
+    return m, l, acc
+
+
+@triton.jit
+def added(
+    PART, STAT, COUNT, OUT, LSE, N_USED, h,
+    K_HEADS: tl.constexpr, G: tl.constexpr, GR: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    S: tl.constexpr, SP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The last of a head's S programs adds up what they left, the last of all moves the counter on. SP: a power of two that holds S."""
+    # what all threads wrote must be there before one of them says so
+    tl.debug_barrier()
+    if tl.atomic_add(COUNT + h, 1) == S - 1:
+        r = tl.arange(0, GR)
+        s = tl.arange(0, SP)[:, None]
+        each = (h * S + s) * GR + r[None, :]
+        there = (r[None, :] < G) & (s < S)
+        ms = tl.load(STAT + each * 2, mask=there, other=MASKED, cache_modifier=".cg")
+        ls = tl.load(STAT + each * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        top = tl.max(ms, 0)
+        safe = tl.where(top > -1e20, top, 0.0)
+        w = tl.math.exp2(ms - safe[None, :])
+        total = tl.sum(ls * w, 0)
+        total = tl.where(total > 0, total, 1.0)
+        w /= total[None, :]
+        for j in tl.static_range(0, DP, WIDE):
+            c = j + tl.arange(0, WIDE)
+            # many at once, so that one load does not wait for another
+            parts = tl.load(PART + each[:, :, None] * DP + c[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+            y = tl.sum(parts * w[:, :, None], 0)
+            tl.store(OUT + (h * G + r)[:, None] * D + c[None, :], y.to(OUT.dtype.element_ty), mask=(r[:, None] < G) & (c[None, :] < D))
+        if LSE is not None:
+            tl.store(LSE + h * G + r, safe + tl.math.log2(total), mask=r < G)
+        tl.store(COUNT + h, 0)
+        if tl.atomic_add(COUNT + K_HEADS, 1) == K_HEADS - 1:
+            # every program has read it
+            tl.store(N_USED, tl.load(N_USED) + 1)
+            tl.store(COUNT + K_HEADS, 0)
+
+
 @triton.jit(do_not_specialize=["layer"])
 def token_kernel(
     ROW, COS, SIN, AT, BEGIN, K, V, POS, N_USED, BORN, RECENT, RECENT_AT, SCORE, LSE, PART, STAT, COUNT, OUT,
@@ -50,7 +156,6 @@ def token_kernel(
     d = tl.arange(0, DP)[None, :]
     mine = g < G
     heads = h * G + tl.minimum(g, G - 1)
-    inside = d < D
     # a graph's warm-up may run beyond the slots
     n = tl.minimum(tl.load(N_USED), N - 1).to(tl.int32)
     p = tl.load(AT).to(tl.int32)
@@ -64,83 +169,21 @@ def token_kernel(
     V += h.to(tl.int64) * N * D
     POS += (h % POS_HEADS) * N
     if s == 0:
-        _, key = turned(ROW + (K_HEADS * G + h) * D, COS, SIN, d, D, P)
-        value = tl.load(ROW + (K_HEADS * G + K_HEADS + h) * D + d, mask=inside, other=0.0).to(tl.float32)
-        to = n.to(tl.int64) * D + d
-        tl.store(K + to, key.to(K.dtype.element_ty), mask=inside)
-        tl.store(V + to, value.to(V.dtype.element_ty), mask=inside)
-        # where heads share positions all of them write the same
-        tl.store(POS + n, p)
-        if BORN is not None:
-            tl.store(BORN + n, p)
-        if RECENT is not None:
-            tl.store(RECENT + (heads[:, None] * W + p % W) * D + d, raw.to(RECENT.dtype.element_ty), mask=mine[:, None] & inside)
-            tl.store(RECENT_AT + p % W, p)
-        own = tl.sum(q * key, 1)
-        see = seen(p + g * 0, p + g * 0, begin, n + g * 0, heads, layer, 0, RULE, True, DOCS, False, ALWAYS, OPENING)
-        m = tl.where(see, own, MASKED)
-        l = tl.where(see, 1.0, 0.0)
-        acc = l[:, None] * value
-        if SCORE is not None:
-            tl.store(SCORE + heads * N + n, m, mask=mine)
-    q = q.to(K.dtype.element_ty)
+        m, l, acc = written(
+            ROW, K, V, POS, BORN, RECENT, RECENT_AT, SCORE, COS, SIN, raw, q, h, heads, mine, n, p, begin, layer, N, 0,
+            K_HEADS, G, D, DP, P, W, RULE, DOCS, ALWAYS, OPENING,
+        )  # fmt: skip
     share = tl.cdiv(tl.cdiv(n, S), BLOCK) * BLOCK
-    stop = tl.minimum(n, s * share + share)
-    for i in range(s * share, stop, BLOCK):
-        slot = i + tl.arange(0, BLOCK)
-        there = slot < stop
-        kp = tl.load(POS + slot, mask=there, other=-1)[None, :]
-        hp = h * G
-        if EACH:
-            # a rule's own variables may not change their shape
-            kp += heads[:, None] * 0
-            hp = kp * 0 + heads[:, None]
-        row = slot.to(tl.int64)[:, None] * D + d
-        k = tl.load(K + row, mask=there[:, None] & inside, other=0.0)
-        e = tl.dot(q, tl.trans(k), input_precision="ieee")
-        see = seen(p, kp, begin, slot[None, :], hp, layer, 0, RULE, True, DOCS, False, ALWAYS, OPENING)
-        e = tl.where(see, e, MASKED)
-        if SCORE is not None:
-            tl.store(SCORE + heads[:, None] * N + slot[None, :], e, mask=mine[:, None] & there[None, :])
-        new = tl.maximum(m, tl.max(e, 1))
-        # a row that has seen nothing yet has a maximum far below any score
-        safe = tl.where(new > -1e20, new, 0.0)
-        w = tl.math.exp2(e - safe[:, None])
-        a = tl.math.exp2(m - safe)
-        m = new
-        l = l * a + tl.sum(w, 1)
-        v = tl.load(V + row, mask=there[:, None] & inside, other=0.0)
-        acc = tl.dot(w.to(v.dtype), v, acc * a[:, None], input_precision="ieee")
+    start = s * share
+    m, l, acc = looked(
+        K, V, POS, SCORE, q.to(K.dtype.element_ty), m, l, acc, start, tl.minimum(n, start + share), h, heads, mine, p, begin, layer, N, 0,
+        G, D, DP, BLOCK, RULE, EACH, DOCS, ALWAYS, OPENING,
+    )  # fmt: skip
     at = (h * S + s) * GR + g
     tl.store(PART + at[:, None] * DP + d, acc, mask=mine[:, None])
     tl.store(STAT + at * 2, m, mask=mine)
     tl.store(STAT + at * 2 + 1, l, mask=mine)
-    # what all threads wrote must be there before one of them says so
-    tl.debug_barrier()
-    if tl.atomic_add(COUNT + h, 1) == S - 1:
-        r = tl.arange(0, GR)
-        each = (h * S + tl.arange(0, S)[:, None]) * GR + r[None, :]
-        ms = tl.load(STAT + each * 2, mask=r[None, :] < G, other=MASKED, cache_modifier=".cg")
-        ls = tl.load(STAT + each * 2 + 1, mask=r[None, :] < G, other=0.0, cache_modifier=".cg")
-        top = tl.max(ms, 0)
-        safe = tl.where(top > -1e20, top, 0.0)
-        w = tl.math.exp2(ms - safe[None, :])
-        total = tl.sum(ls * w, 0)
-        total = tl.where(total > 0, total, 1.0)
-        w /= total[None, :]
-        for j in tl.static_range(0, DP, WIDE):
-            c = j + tl.arange(0, WIDE)
-            # many at once, so that one load does not wait for another
-            parts = tl.load(PART + each[:, :, None] * DP + c[None, None, :], mask=r[None, :, None] < G, other=0.0, cache_modifier=".cg")
-            y = tl.sum(parts * w[:, :, None], 0)
-            tl.store(OUT + (h * G + r)[:, None] * D + c[None, :], y.to(OUT.dtype.element_ty), mask=(r[:, None] < G) & (c[None, :] < D))
-        if LSE is not None:
-            tl.store(LSE + h * G + r, safe + tl.math.log2(total), mask=r < G)
-        tl.store(COUNT + h, 0)
-        if tl.atomic_add(COUNT + K_HEADS, 1) == K_HEADS - 1:
-            # every program has read it
-            tl.store(N_USED, tl.load(N_USED) + 1)
-            tl.store(COUNT + K_HEADS, 0)
+    added(PART, STAT, COUNT, OUT, LSE, N_USED, h, K_HEADS, G, GR, D, DP, S, S, WIDE)
 
 
 @triton.jit

@@ -7,9 +7,12 @@ NANOLONG_KERNEL other than auto and triton switches all of it off.
 """
 
 import ops
-from kernels import ENGINE, TRITON, rows, slots
+from kernels import ENGINE, TRITON, codes, rows, slots
+from memory._past import Past
 from memory._pruned import Pruned
 from memory.base import Memory
+from memory.quantised import Memory as Quantised
+from memory.sinks import Memory as Sinks
 from model import MLP, Attention, Block, Llama
 from positions.base import Rotary
 
@@ -38,6 +41,9 @@ def step(block, x, seg, s, compiled):
         return compiled(block, x, seg, s)
     if plain(block, x, seg, s):
         y, s = attention(block, x.reshape(-1), seg, s, compiled)
+    elif seg.close and in_place(block.self_attn.memory, seg, s):
+        y, s = compiled(sublayer, block, x, seg._replace(close=False), s)
+        y, s = y.reshape(-1), close(block.self_attn, seg, s, compiled)
     else:
         y, s = compiled(sublayer, block, x, seg, s)
         y = y.reshape(-1)
@@ -55,10 +61,25 @@ def attention(block, x, seg, s, compiled):
     attn, norm, memory = block.self_attn, block.input_layernorm, block.self_attn.memory
     row = rows.product(x, [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight], norm.weight, norm.eps)
     how = {k: a for k, a in memory.how(seg).items() if k != "bias"}
-    y, s = slots.token(row, seg.turn, seg.at.at, s, attn.rule, seg.begin, **how, **noted(memory))
+    what, note = (attn.rule, seg.begin), noted(memory)
+    if isinstance(memory, Quantised):
+        here = {f: a for f, a in s.items() if f != "past"}
+        y, new = codes.token(row, seg.turn, seg.at.at, here, s["past"], *what, memory.bits, **how, born=note["born"], recent=note["recent"])
+        s = {**new, "past": s["past"]}
+    else:
+        y, s = slots.token(row, seg.turn, seg.at.at, s, *what, **how, **note)
     if seg.close:
-        s = compiled(memory.close, attn, seg, s)
+        s = close(attn, seg, s, compiled)
     return rows.product(y, [attn.o_proj.weight], residual=x), {**s, "first": None}
+
+
+def close(attn, seg, s, compiled):
+    """Memory.close, a past being written in place where that is the same."""
+    memory = attn.memory
+    if not in_place(memory, seg, s):
+        return compiled(memory.close, attn, seg, s)
+    worst, new = compiled(memory.leaving, attn, seg, s)
+    return {**memory.emptied(s), "past": codes.join(worst, s["past"], new), "first": None}
 
 
 def mlp(block, x):
@@ -98,18 +119,32 @@ def normed(norm):
 
 def plain(block, x, seg, s):
     """Is this Attention.forward over slots that a memory keeps as memory/base.py does: keys turned when they are written, one text, and
-    beside attention nothing but what `noted` tells?"""
+    beside attention nothing but what `noted` tells? Or are some of the slots codes, and all else so?"""
     attn, memory = block.self_attn, block.self_attn.memory
     linears = all(bare(m, x) for m in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
     if type(attn) is not Attention or not linears or not normed(block.input_layernorm) or not turns(seg) or memory.late(seg):
         return False
-    if any(owner(memory, f) is not Memory for f in ("write", "pack", "put", "unpack", "seen", "look", "used", "how", "late")):
+    if any(owner(memory, f) is not Memory for f in ("write", "pack", "put", "unpack", "look", "used", "how", "late")):
+        return False
+    # what sinks say of consecutive slots is the host's, who knows of none in a graph
+    if owner(memory, "seen") not in (Memory, Sinks):
         return False
     if seg.begin is not None and getattr(memory, "window", 0):
         # where the documents of remembered queries begin is not noted
         return False
-    attends = owner(memory, "attend")
-    return (attends in (Memory, Pruned) or "tally" in vars(attends)) and noted(memory) is not None and slots.can(s, attn.H)
+    note, coded = noted(memory), isinstance(memory, Quantised)
+    if note is None or (coded and (note["mass"] or "count" in s["past"])):
+        return False
+    attends = next(c for c in type(memory).__mro__ if "attend" in vars(c) and not (coded and c is Past))
+    known = attends in (Memory, Pruned) or "tally" in vars(attends)
+    return known and (codes.can(s, s["past"], attn.H, memory.bits) if coded else slots.can(s, attn.H))
+
+
+def in_place(memory, seg, s):
+    """Does a past of codes stay where it is when the segment closes? Where heads have slots in common (adakv), it does not."""
+    if not isinstance(memory, Quantised) or seg.begin is not None or owner(memory, "forget") not in (Memory, Pruned):
+        return False
+    return "count" not in s["past"] and codes.joins(s["past"])
 
 
 def turns(seg):

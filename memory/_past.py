@@ -46,6 +46,18 @@ class Past(Base):
         open_ = {f: s[f][:, :, :0] if f in self.fields else a for f, a in t.items() if f in s or f not in self.fields}
         return self.make_room({**open_, "past": past, "n": s["n"] * 0, "first": None, "capacity": s["capacity"]})
 
+    def leaving(self, attn, seg, s):
+        """What close() does to a static state, as kernels.codes.join() takes it, who does it in place: of the slots of past and segment
+        those that go, [B, 1 or K, R], and the segment's R as the past holds them."""
+        whole, slots = self.whole(s), s["pos"].shape[2]
+        rank = ops.where(whole["pos"] < 0, -1e30, self.rank(attn, seg, whole))
+        return ops.top(-rank, slots), self.folded({**{f: s[f] for f in self.fields if f in s}, **self.sealed(s)})
+
+    def emptied(self, s):
+        """A static state after that."""
+        rest = [f for f in self.fields if f in s and f not in ("k", "v")]
+        return {**s, **{f: blank(f, s[f], s[f].shape[2]) for f in rest}, "n": s["n"] * 0}
+
     def still(self, s):
         """A static graph has every slot of the past from the beginning."""
         s = self.make_room(s)

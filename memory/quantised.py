@@ -6,19 +6,19 @@ s and z are float16: at 32 channels 5 bits a number, or 9. As in KIVI what is ne
 it is quantised, once and for all. KIVI groups keys by channel over 32 tokens, and values by token; here both are grouped by token, for
 tokens are forgotten one by one; an outlying channel spoils no more than its own group. Keys are quantised before they are turned by
 their positions (as in KVQuant, arXiv:2401.18079) and turned each time they are seen: what they lose does not depend on where they stand.
-KIVI's kernels read the codes; here a layer's codes are made floats for as long as it attends: the state is small, a layer at work is not.
+With turned=true they are turned once, before they are quantised, as in KIVI: then a session's steps on CUDA read the codes as they are
+(kernels/codes.py). Else a layer's codes are made floats for as long as it attends: the state is small, a layer at work is not.
 
 Which tokens stay is another memory's choice, `keep`, with its own defaults: quantised:bits=4,keep=snapkv,budget=4096.
 """
 
 import functools
 
-import ops
 import plugins
+from kernels.codes import CODES, decode, encode
 from memory._past import Past
 
 POLICIES = ("window", "h2o", "tova", "snapkv", "keydiff", "pyramidkv", "adakv", "expected")
-CODES = ("k_code", "k_scale", "v_code", "v_scale")
 
 
 class Options:
@@ -26,6 +26,7 @@ class Options:
     bits: int = 8  # or 4
     channels: int = 32  # neighbours that share s and z
     keep: str = "window"
+    turned: bool = False  # are keys quantised as they are turned by their positions?
     layer: int = 0
     n_layer: int = 1
 
@@ -58,7 +59,7 @@ class Memory(Past):
         super().__init__(c, policy(o)[1])
         if c.head_dim % o.channels or c.head_dim % 2:
             raise ValueError(f"channels={o.channels} must divide head_dim={c.head_dim}, which must be even")
-        self.bits, self.channels, self.unturned = o.bits, o.channels, True
+        self.bits, self.channels, self.unturned = o.bits, o.channels, not o.turned
 
     def sealed(self, s):
         """The codes and scales of s["k"] and s["v"], by their fields."""
@@ -76,26 +77,3 @@ class Memory(Past):
 def over(kind, chooses):
     """The class `kind` on top of the policy's own."""
     return type("Memory", (kind, chooses), {"fields": (*chooses.fields, *CODES)})
-
-
-def encode(x, bits, channels):
-    """[..., D] -> codes uint8 [..., D * bits / 8], and s and z of each group float16 [..., 2 D / channels]."""
-    x = ops.stop(ops.cast(x, ops.float32))
-    groups = x.reshape(*x.shape[:-1], -1, channels)
-    top, low = ops.amax(groups, -1), -ops.amax(-groups, -1)
-    scale = (top - low) / (2**bits - 1)
-    # as they will be read
-    scale, low = (ops.cast(ops.cast(a, ops.float16), ops.float32) for a in (ops.where(scale < 1e-6, 1e-6, scale), low))
-    code = ops.minimum(ops.nearest((groups - low) / scale), 2**bits - 1)
-    code = ops.cast(ops.where(code < 0, 0, code), ops.int32).reshape(x.shape)
-    code = code[..., ::2] + 16 * code[..., 1::2] if bits == 4 else code
-    return ops.cast(code, ops.uint8), ops.cast(ops.cat([scale, low], -2)[..., 0], ops.float16)
-
-
-def decode(code, scale, bits, dtype):
-    code = ops.cast(code, ops.int32)
-    if bits == 4:
-        code = ops.cat([(code % 16)[..., None], (code // 16)[..., None]], -1)
-    s, z = ops.split(ops.cast(scale, ops.float32)[..., None], 2, -2)
-    x = ops.cast(code, ops.float32).reshape(*scale.shape[:-1], s.shape[-2], -1) * s + z
-    return ops.cast(x.reshape(*scale.shape[:-1], -1), dtype)
