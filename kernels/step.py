@@ -89,7 +89,7 @@ def stacked(mlp, norm, x):
 def bare(linear, x, kind=ops.Linear):
     """Is this a matrix and nothing else, of the numbers that x is made of?"""
     w = getattr(linear, "weight", None)
-    return type(linear) is kind and getattr(linear, "bias", None) is None and w.dtype == x.dtype and w.is_contiguous()
+    return type(linear) is kind and getattr(linear, "bias", None) is None and ops.is_array(w) and w.dtype == x.dtype and w.is_contiguous()
 
 
 def normed(norm):
