@@ -507,8 +507,8 @@ def load(folder, attn=None, pos=None, memory=None, adapter=None, dtype=None, dev
     """A checkpoint folder in Hugging Face's layout -> (model, tokenizer).
 
     attn, pos, memory, adapter, base_bits: as the flags spell them; None: what the checkpoint says. dtype: float32, bfloat16 or float16;
-    None: bfloat16 on a GPU, float32 on a CPU. frozen: of what does not train, the backend's dtype; None: the same. device: as the backend names it;
-    None: the best there is. Each tensor becomes what it is to be when it is read: the model is never there twice. Raises Refused.
+    None: bfloat16 on a GPU, float32 on a CPU. frozen: the backend's own dtype of what does not train; None: the same. device: as the
+    backend names it; None: the best there is. Tensors are read one by one, so that the model is never there twice. Raises Refused.
     """
     ops.use(device)
     folder = Path(folder)
