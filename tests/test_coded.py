@@ -143,8 +143,8 @@ def test_the_floats_are_gone():
 
 
 @pytest.fixture
-def base(tmp_path, tokenizer_files):
-    save(fresh(**WIDE, vocab_size=256), tmp_path / "base", tokenizer_files)
+def base(tmp_path, world):  # noqa: F811
+    save(fresh(**WIDE, vocab_size=257), tmp_path / "base", world / "model")
     return tmp_path / "base"
 
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_is_opened_as_it_was_trained_or_on_the_base_as_it_is(bits, 
     assert json.loads((tmp_path / "out" / "config.json").read_text())["nanolong"]["base_bits"] == bits
     want, floats = run(model, text(T)), run(load(tmp_path / "out", dtype="float32", base_bits=16)[0], text(T))
     np.testing.assert_array_equal(run(load(tmp_path / "out", dtype="float32")[0], text(T)), want)
-    assert 1e-4 < apart(floats, want) < (2 if bits == 4 else 0.2)
+    assert 1e-4 < np.abs(floats - want).mean() / want.std() < (0.5 if bits == 4 else 0.05)
     convert.main([str(tmp_path / "out"), str(tmp_path / "merged")])
     merged, _ = load(tmp_path / "merged", dtype="float32")
     assert merged.config.base_bits == 16 and apart(run(merged, text(T)), floats) < 2e-5
