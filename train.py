@@ -235,8 +235,7 @@ def reach(model, a):
 
 
 def build(a, config, source, fresh):
-    """(model, tokenizer), ready to train: what trains in float32, what is frozen in the dtype of the activations. Distance is felt as
-    the config says."""
+    """(model, tokenizer), ready to train. Distance is felt as the config says."""
     if fresh and a.init:
         with ops.shapes_only():
             model = llama.Llama(config)
@@ -247,6 +246,11 @@ def build(a, config, source, fresh):
         model, tokenizer = llama.load(source, a.attn, config.pos, a.memory, a.adapter, "float32", a.device, a.base_bits, frozen_as)
     if tokenizer.vocab_size > config.vocab_size:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} tokens, but the config's vocab_size is {config.vocab_size}")
+    return prepare(model, a), tokenizer
+
+
+def prepare(model, a):
+    """The model, ready to train: what trains as it is, in float32, what is frozen in the dtype of the activations."""
     model.dtype, model.model.run, model.chunk = llama.as_dtype(a.dtype), ops.checkpoint if a.checkpoint else ops.call, a.loss_chunk
     for block in model.model.layers:
         block.tile = a.mlp_tile
@@ -259,7 +263,7 @@ def build(a, config, source, fresh):
     frozen.use(model)
     # read now: a checkpoint that is read lazily may be pruned before its first use
     ops.wait(ops.parameters(model))
-    return model, tokenizer
+    return model
 
 
 def corpora(a, tokenizer):

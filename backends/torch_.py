@@ -527,6 +527,8 @@ class AdamW:
             self.named[name].grad = g.contiguous()
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
+        # a fused step leaves no trace in the version of what it changes, by which kernels/frozen.py knows
+        torch.autograd.graph.increment_version(list(self.named.values()))
 
     def state(self):
         """Flat name -> array, to be saved."""
