@@ -62,6 +62,9 @@ def test_mlx_reads_the_same_format(bits):
     code, scale, low = (mx.array(ops.numpy(a)) for a in (held.code, held.scale, held.low))
     theirs = mx.dequantize(code.view(mx.uint32), scale, low, group_size=held.group, bits=bits)
     assert apart(np.array(theirs), ops.numpy(held.dense(ops.float32))) < 1e-6
+    # whose own codes of the same matrix are further from it
+    own = mx.dequantize(*mx.quantize(mx.array(matrix()), group_size=held.group, bits=bits), group_size=held.group, bits=bits)
+    assert np.square(np.array(own) - matrix()).mean() > np.square(np.array(theirs) - matrix()).mean()
 
 
 HELD = """
