@@ -3,11 +3,10 @@
     W' = s q + z,   q = round((W - z) / s),   z = min W,   s = (max W - min W) / (2^bits - 1)      over 64 neighbours in a row, or 32
 
 s and z have the dtype of the activations: 4.5 bits a number where that has 16, or 8.5. It is the format that MLX's own products read
-(mx.quantized_matmul), and both backends hold the same numbers. mx.quantize moves z to a multiple of s, so that zero is exact: normal weights
-lose more by it. No library holds 4 and 8 bits on CPUs and GPUs alike with a gradient for x, and QLoRA's NF4 has a table that no MLX kernel
-reads, and is no nearer to normal weights than this.
+(mx.quantized_matmul), and both backends hold the same numbers. mx.quantize's own codes make zero exact, and normal weights lose more by
+it. QLoRA's NF4 has a table, which MLX's products do not read.
 
-Of the model the linears of its blocks are held so (--base-bits): not the embedding, the head and the norms, which are few and feel it most.
+Of the model the linears of its blocks are held so (--base-bits): not the embedding, the head and the norms.
 Gradients reach x and what is beside the matrix, never the codes. The adapter's own weights stay float32; on disk nothing changes.
 """
 
