@@ -35,6 +35,7 @@ def add_model_flags(parser):
     add("--pos", metavar="SPEC", help=f"how distance is felt: {', '.join(plugins.names('positions'))}")
     add("--memory", metavar="SPEC", help=f"what is kept of the past: {', '.join(plugins.names('memory'))}")
     add("--adapter", metavar="SPEC", help=f"what trains: {', '.join(plugins.names('adapters'))}")
+    add("--base-bits", type=int, choices=[4, 8, 16], help="of the linears under an adapter (default: the checkpoint's, else 16)")
     add("--backend", choices=["torch", "mlx"], help="default: mlx on a Mac, else torch, else whichever is installed")
     add("--device", help="cpu, cuda, mps, gpu (default: the best there is)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the activations (default: bfloat16 on a GPU, float32 on a CPU)")
@@ -71,7 +72,7 @@ def load(args):
     """The model and tokenizer that the flags ask for."""
     from model import load
 
-    model, tokenizer = load(model_folder(args), args.attn, args.pos, args.memory, args.adapter, args.dtype, args.device)
+    model, tokenizer = load(model_folder(args), args.attn, args.pos, args.memory, args.adapter, args.dtype, args.device, args.base_bits)
     for line in lost(model):
         say(line)
     return model, tokenizer

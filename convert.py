@@ -138,7 +138,7 @@ def from_adapter(folder, scratch):
         raise Refused(f"{folder} adapts {min(new)}, and its base {path} has none: it was made for another model")
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
-        mine = {k: v for k, v in config.pop("nanolong", {}).items() if k != "adapter"}
+        mine = {k: v for k, v in config.pop("nanolong", {}).items() if k not in ("adapter", "base_bits")}
         config |= {"nanolong": mine} if mine else {}
     if config.get("tie_word_embeddings"):
         # a copy of what the embedding was

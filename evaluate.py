@@ -115,7 +115,7 @@ def about(model, args):
         "task": args.task,
         "positions": c.max_position_embeddings,
         "model": Path(args.model).name if args.model else "the default model",
-        **{"attn": c.attn, "pos": c.pos, "memory": c.memory, "adapter": c.adapter, "segment": args.segment},
+        **{"attn": c.attn, "pos": c.pos, "memory": c.memory, "adapter": c.adapter, "base_bits": c.base_bits, "segment": args.segment},
         **{
             "dtype": str(dtype).split(".")[-1],
             "device": f"{ops.BACKEND} {ops.device()}",

@@ -27,7 +27,7 @@ import plugins
 import tokenizer as tokenizers
 from adapters import _peft as peft
 from errors import Refused
-from kernels import Places
+from kernels import Places, coded
 from kernels.spans import behaviours
 from ops import Module, ModuleList
 from positions import _hf as rope
@@ -35,7 +35,7 @@ from positions import _hf as rope
 # ---------------------------------------------------------------- config
 
 # fields that other libraries do not know, or under other names
-OURS = ("attn", "pos", "memory", "adapter", "segment", "rope_theta", "partial_rotary_factor")
+OURS = ("attn", "pos", "memory", "adapter", "base_bits", "segment", "rope_theta", "partial_rotary_factor")
 
 DIFFERS = {
     "cohere": "parallel blocks and LayerNorm",
@@ -76,6 +76,7 @@ class Config:
     pos: str = "rope"
     memory: str = "full"
     adapter: str = "full"
+    base_bits: int = 16  # of the blocks' linears under an adapter, which are read and held in 4 or 8 (kernels/coded.py); 16: as they are
     segment: int | None = None  # tokens of the segments that it was trained in, and is read in; None: whole rows
     hf: dict = field(default_factory=dict)  # the config.json that this came from, to be written back
 
@@ -287,6 +288,10 @@ class Llama(Module):
             self.adapter.module.apply(self, self.adapter.options)
         except ValueError as no:
             raise Refused(f"--adapter {self.adapter}: {no}") from None
+        try:
+            self.coded = coded.names(self)  # of the parameters that are held as codes
+        except ValueError as no:
+            raise Refused(f"--base-bits {c.base_bits}: {no}") from None
 
     def head(self, x):
         """[..., C] -> logits [..., V] in float32."""
@@ -409,7 +414,9 @@ class Llama(Module):
         """Random weights, the same on every backend: normal of width std, norms 1, biases 0. Mechanisms' own begin as they say."""
         draw = np.random.default_rng(seed)
         # those last: they may be copies, and the others are the same whatever the mechanisms add
-        self.fill(sorted(ops.parameters(self), key=lambda name: own(name) or ADAPTED in name), draw, std)
+        for added in (False, True):
+            self.fill([name for name in ops.parameters(self) if (own(name) or ADAPTED in name) == added], draw, std)
+            coded.hold(self)
         return self
 
     def fill(self, names, draw, std=0.02):
@@ -496,16 +503,18 @@ def build(plugin, kind, c):
 # ---------------------------------------------------------------- load and save
 
 
-def load(folder, attn=None, pos=None, memory=None, adapter=None, dtype=None, device=None):
+def load(folder, attn=None, pos=None, memory=None, adapter=None, dtype=None, device=None, base_bits=None, frozen=None):
     """A checkpoint folder in Hugging Face's layout -> (model, tokenizer).
 
-    attn, pos, memory, adapter: as the flags spell them; None: what the checkpoint says. dtype: float32, bfloat16 or float16;
-    None: bfloat16 on a GPU, float32 on a CPU. device: as the backend names it; None: the best there is. Raises Refused.
+    attn, pos, memory, adapter, base_bits: as the flags spell them; None: what the checkpoint says. dtype: float32, bfloat16 or float16;
+    None: bfloat16 on a GPU, float32 on a CPU. frozen: the backend's own dtype of what does not train; None: the same. device: as the
+    backend names it; None: the best there is. Tensors are read one by one, so that the model is never there twice. Raises Refused.
     """
     ops.use(device)
     folder = Path(folder)
     config, base = read_config(folder), peft.base(folder)
-    given = {k: v for k, v in (("attn", attn), ("pos", pos), ("memory", memory), ("adapter", adapter)) if v is not None}
+    given = {"attn": attn, "pos": pos, "memory": memory, "adapter": adapter, "base_bits": base_bits}
+    given = {k: v for k, v in given.items() if v is not None}
     if base and adapter and plugins.parse("adapters", adapter) != plugins.parse("adapters", config.adapter):
         why = f"--adapter {adapter} cannot be put on {folder}, which is --adapter {config.adapter}"
         raise Refused(f"{why}: leave it out to go on with that, or merge that first (python convert.py {folder} OUT)")
@@ -513,13 +522,18 @@ def load(folder, attn=None, pos=None, memory=None, adapter=None, dtype=None, dev
         model = Llama(dataclasses.replace(config, **given))
     wanted = ops.parameters(model)
     dtype = as_dtype(dtype)
+    still = frozen or dtype
+    trains = lambda name: model.trains(name) or name.startswith(tuple(model.observers()))
     for path in (*adapter_files(folder, config), *weight_files(base)) if base else weight_files(folder):
-        arrays = {n: ops.cast(a, dtype) for n, a in peft.read(read(path)).items() if n in wanted}
-        for name, a in arrays.items():
-            if tuple(a.shape) != tuple(wanted[name].shape):
-                raise Refused(f"{path}: {name} has shape {list(a.shape)}, but config.json makes it {list(wanted[name].shape)}")
-        ops.set_parameters(model, arrays)
-        wanted = {n: p for n, p in wanted.items() if n not in arrays}
+        for name, a in peft.read(each(path)):
+            if name not in wanted:
+                continue
+            if tuple(a.shape) != tuple(wanted.pop(name).shape):
+                shape = list(ops.parameters(model)[name].shape)
+                raise Refused(f"{path}: {name} has shape {list(a.shape)}, but config.json makes it {shape}")
+            held = name in model.coded
+            a = coded.Coded(a, model.config.base_bits, still) if held else ops.cast(a, dtype if trains(name) else still)
+            ops.set_parameters(model, {name: a})
     missing = [n for n in wanted if not own(n) and (base or ADAPTED not in n)]
     if missing:
         raise Refused(f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} for one: is the download complete?")
@@ -574,8 +588,13 @@ def adapter_files(folder, config):
 
 
 def read(path):
+    return dict(each(path))
+
+
+def each(path):
+    """(name, array) of a file, one after the other."""
     try:
-        return ops.read_safetensors(path)
+        yield from ops.each_safetensor(path)
     except Exception as no:
         raise Refused(f"{path} is not a readable safetensors file: {no}") from None
 
@@ -601,6 +620,8 @@ def save(model, folder, source=None):
 def write(model, folder, source=None):
     """The files of a checkpoint into a folder that exists."""
     arrays = ops.parameters(model)
+    if model.coded and model.adapter.name == "full":
+        raise Refused(f"the base is held in {model.config.base_bits} bits, and a checkpoint holds it as it was: load it with base_bits=16")
     files = {"nanolong.safetensors": {n: a for n, a in arrays.items() if own(n)}}
     if model.adapter.name == "full":
         files["model.safetensors"] = {n: a for n, a in arrays.items() if not own(n)}

@@ -49,7 +49,7 @@ DEFAULTS = {
 COMMON = {"micro": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "keep": 2, "offload": False}
 COMMON |= {"loss_chunk": 2048, "upsample": 1, "rewarm": 0}
 UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "adapter", "device", "dtype", "segment", "bptt", "lr", "min_lr")
-UNSET += ("eval_every", "save_every", "out", "mlp_tile", "curriculum", "stages")
+UNSET += ("base_bits", "eval_every", "save_every", "out", "mlp_tile", "curriculum", "stages")
 POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk", "upsample")
 # what a resumed run may change: nothing that moves its losses
 FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload", "loss_chunk", "mlp_tile"}
@@ -119,11 +119,11 @@ def depth(text):
 
 def use_backend(name):
     """Import what stands on a framework; not at the top of the file, because the backend must be chosen before."""
-    global frozen, llama, ops, segments
+    global coded, frozen, llama, ops, segments
     ops = cli.use_backend(name)
     import model as llama
     import segments
-    from kernels import frozen
+    from kernels import coded, frozen
 
 
 def settle(given):
@@ -164,6 +164,8 @@ def settle(given):
         raise Refused(f"--segment {a['segment']} is longer than rows of --curriculum {a['curriculum']}: the shortest may be one segment")
     if a["dtype"] == "float16":
         raise Refused("--dtype float16 would lose small gradients: train in bfloat16 or float32")
+    if a["base_bits"] in coded.BITS and adapter.name == "full":
+        raise Refused(f"--base-bits {a['base_bits']} holds what stays, and --adapter full trains all: give --adapter lora, or leave it out")
     if a["init"] and adapter.name != "full":
         raise Refused(f"--adapter {adapter} needs a trained base, and --init has none: leave one of them out")
     data.expand((a["data"] or []) + (a["valid"] or []))
@@ -201,7 +203,8 @@ def config_of(a, source):
             config = llama.Config.from_hf({"vocab_size": config.vocab_size, **json.loads(Path(a.init).read_text())})
         except (json.JSONDecodeError, TypeError, KeyError) as no:
             raise Refused(f"--init {a.init} is no config.json: {no}") from None
-    config = llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "memory", "adapter", "segment") if getattr(a, k)})
+    given = {k: getattr(a, k) for k in ("attn", "memory", "adapter", "base_bits", "segment")}
+    config = llama.dataclasses.replace(config, **{k: v for k, v in given.items() if v})
     pos = lambda stage: stage.pos or curriculum.stretched(a.pos or config.pos, stage.length, config)
     a.stages = [stage._replace(pos=pos(stage)) for stage in a.stages]
     for stage in a.stages:
@@ -238,7 +241,9 @@ def build(a, config, source, fresh):
             model = llama.Llama(config)
         model, tokenizer = model.init(a.seed), llama.tokenizers.load(source)
     else:
-        model, tokenizer = llama.load(source, a.attn, config.pos, a.memory, a.adapter, "float32", a.device)
+        ops.use(a.device)
+        frozen_as = llama.as_dtype(a.dtype)
+        model, tokenizer = llama.load(source, a.attn, config.pos, a.memory, a.adapter, "float32", a.device, a.base_bits, frozen_as)
     if tokenizer.vocab_size > config.vocab_size:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} tokens, but the config's vocab_size is {config.vocab_size}")
     return prepare(model, a), tokenizer
@@ -413,9 +418,14 @@ def train(a, saved):
 
 def sizes(model):
     """How many parameters train."""
-    count = {n: math.prod(p.shape) for n, p in ops.parameters(model).items()}
+    held = coded.held(model)
+    count = {n: math.prod(p.shape) for n, p in {**ops.parameters(model), **held}.items()}
     mine, total = sum(k for n, k in count.items() if model.trains(n)), sum(count.values())
-    return f"--adapter {model.adapter} trains {mine:,} of {total:,} parameters ({100 * mine / total:.3g}%)"
+    said = f"--adapter {model.adapter} trains {mine:,} of {total:,} parameters ({100 * mine / total:.3g}%)"
+    if not held:
+        return said
+    many, size = sum(count[n] for n in held), sum(w.nbytes() for w in held.values())
+    return f"{said}, and {many:,} others are held in {8 * size / many:.3g} bits each, {size / 2**30:.2f} GiB"
 
 
 def write(model, optimizer, folder, source):

@@ -94,5 +94,5 @@ def files(arrays, said):
 
 
 def read(arrays):
-    """Arrays of adapter_model.safetensors by our names."""
-    return {ours(name): a[:, None] if name.endswith("lora_magnitude_vector") else a for name, a in arrays.items()}
+    """(name, array) pairs of adapter_model.safetensors by our names."""
+    return ((ours(name), a[:, None] if name.endswith("lora_magnitude_vector") else a) for name, a in arrays)

@@ -10,7 +10,6 @@ A begins as in PEFT, uniform within 1 / sqrt(n_in). `merge` adds the product to 
 rounding; convert.py makes a plain checkpoint of a merged one.
 """
 
-import functools
 import math
 import zlib
 
@@ -18,6 +17,8 @@ import numpy as np
 
 import ops
 from adapters._peft import scale
+from errors import Refused
+from kernels.coded import at, dense
 
 # ten times what suits all weights
 LR = 1e-3
@@ -86,15 +87,17 @@ class Lora(ops.Linear):
         """m / ||W_0 + s B A||, float32 [n_out, 1]; without DoRA 1."""
         if not self.dora:
             return 1.0
-        whole = ops.stop(ops.cast(self.weight, ops.float32) + self.product())
+        whole = ops.stop(dense(self.weight, ops.float32) + self.product())
         return ops.cast(self.lora_magnitude_vector.weight, ops.float32) / norm(whole)
 
     def matrix(self):
         if self._merged is not None:
             return self.weight
-        return self.ratio() * (ops.cast(self.weight, ops.float32) + self.product())
+        return self.ratio() * (dense(self.weight, ops.float32) + self.product())
 
     def merge(self):
+        if not ops.is_array(self.weight):
+            raise Refused("a base of few bits would lose what is merged into it: convert.py merges into the base as it is on disk")
         ratio = self.ratio()
         ops.set_parameters(self, {"weight": ops.cast(ops.stop(self.matrix()), self.weight.dtype)})
         self._merged = ratio
@@ -121,9 +124,9 @@ def apply(model, o):
 
 def initial(model, name, o):
     path, _, leaf = name.partition(".lora_")
-    linear = functools.reduce(lambda m, step: m[int(step)] if step.isdigit() else getattr(m, step), path.split("."), model)
+    linear = at(model, path)
     if leaf == "magnitude_vector.weight":
-        return norm(ops.cast(ops.stop(linear.weight), ops.float32))
+        return norm(ops.stop(dense(linear.weight, ops.float32)))
     shape = getattr(linear, f"lora_{leaf[0]}").weight.shape
     if leaf == "B.weight":
         return ops.array(np.zeros(shape, "float32"))

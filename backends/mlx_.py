@@ -322,8 +322,14 @@ class Linear(Module):
         return self.weight
 
     def forward(self, x):
-        y = x @ self.weight.astype(x.dtype).T
+        y = x @ self.weight.astype(x.dtype).T if is_array(self.weight) else coded_product(x, self.weight)
         return y + self.bias.astype(x.dtype) if "bias" in self else y
+
+
+def coded_product(x, w):
+    """x W^T of a frozen matrix that is held as codes (adapters/_quantised.py)."""
+    scale, low = (a.astype(x.dtype) for a in (w.scale, w.low))
+    return mx.quantized_matmul(x, w.code.view(mx.uint32), scale, low, group_size=w.group, bits=w.bits)
 
 
 class Embedding(Module):
@@ -358,8 +364,13 @@ def parameters(model):
 
 
 def set_parameters(model, new):
-    """Put arrays in the place of parameters, by name."""
-    model.load_weights(list(new.items()), strict=False)
+    """Put arrays in the place of parameters, by name; what is no array, but codes of one, is no parameter from then on."""
+    model.load_weights([(name, x) for name, x in new.items() if is_array(x)], strict=False)
+    modules = {} if all(map(is_array, new.values())) else dict(model.named_modules())
+    for name, x in new.items():
+        if not is_array(x):
+            path, _, leaf = name.rpartition(".")
+            setattr(modules[path], leaf, x)
 
 
 def freeze(model, names):
@@ -378,6 +389,13 @@ def no_grad():
 def read_safetensors(path):
     """name -> array, on the device in use."""
     return mx.load(str(path), format="safetensors")
+
+
+def each_safetensor(path):
+    """(name, array) of one after the other: each is read when its turn comes."""
+    arrays = read_safetensors(path)
+    for name in list(arrays):
+        yield name, arrays.pop(name)
 
 
 def write_safetensors(path, arrays, metadata=None):

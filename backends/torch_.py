@@ -363,7 +363,28 @@ class Linear(nn.Module):
         return self.weight
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if is_array(self.weight):
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        y = coded_product(x, self.weight)
+        return y if bias is None else y + bias
+
+
+def coded_product(x, w):
+    """x W^T of a frozen matrix that is held as codes (adapters/_quantised.py)."""
+    return _Coded.apply(x, w) if torch.is_grad_enabled() and x.requires_grad else F.linear(x, w.dense(x.dtype))
+
+
+class _Coded(torch.autograd.Function):
+    # the matrix is made once more for the gradient: keeping it would be keeping the model
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.w = w
+        return F.linear(x, w.dense(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.w.dense(dy.dtype), None
 
 
 class Embedding(nn.Module):
@@ -398,11 +419,15 @@ def parameters(model):
 
 
 def set_parameters(model, new):
-    """Put arrays in the place of parameters, by name."""
+    """Put arrays in the place of parameters, by name; what is no array, but codes of one, is no parameter from then on."""
     for name, x in new.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        setattr(module, leaf, nn.Parameter(x, getattr(module, leaf).requires_grad))
+        if is_array(x):
+            setattr(module, leaf, nn.Parameter(x, getattr(module, leaf).requires_grad))
+        else:
+            delattr(module, leaf)
+            setattr(module, leaf, x)
 
 
 def freeze(model, names):
@@ -418,6 +443,13 @@ def no_grad():
 def read_safetensors(path):
     """name -> array, on the device in use."""
     return safetensors.torch.load_file(path, device=str(device()))
+
+
+def each_safetensor(path):
+    """(name, array) of one after the other: each is read when its turn comes."""
+    with safetensors.safe_open(path, framework="pt", device=str(device())) as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)
 
 
 def write_safetensors(path, arrays, metadata=None):

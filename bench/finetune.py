@@ -5,10 +5,10 @@
     python bench/finetune.py --case name=a,length=8k,checkpoint --case name=b,length=8k,segment=2k --compare a b
     NANOLONG_BACKEND=mlx python bench/finetune.py --shape 1b --case attn=longformer:window=1024,n_global=64,length=100k,segment=1k
 
-A case is made of fields: name, attn, pos, memory, adapter, dtype, length, segment, bptt, loss_chunk, mlp_tile, repeat with a value;
-checkpoint, offload alone. Not given, the memory is the one that keeps what the pattern sees. Weights are random, the same in all cases, and
-wide enough that attention matters; tokens are random. After a short row that compiles kernels one step is timed, optimizer included, of
-rows up to 32K the median of three. The learning rate is 0, so that every step sees the same weights.
+A case is made of fields: name, attn, pos, memory, adapter, dtype, length, segment, base_bits, bptt, loss_chunk, mlp_tile, repeat with a
+value; checkpoint, offload alone. Not given, the memory is the one that keeps what the pattern sees. Weights are random, the same in all
+cases, and wide enough that attention matters; tokens are random. After a short row that compiles kernels one step is timed, optimizer
+included, of rows up to 32K the median of three. The learning rate is 0, so that every step sees the same weights.
 
     peer      transformers' model with peft's LoRA, checkpointing and the framework's fused attention, cuDNN's where it is there
     plain     blocks as model.py has them, without kernels/frozen.py
@@ -38,7 +38,7 @@ import plugins
 from errors import Refused
 
 WORDS = ("name", "attn", "pos", "memory", "adapter", "engine", "dtype")
-NUMBERS = ("length", "segment", "loss_chunk", "mlp_tile", "repeat", "hopper")
+NUMBERS = ("length", "segment", "base_bits", "loss_chunk", "mlp_tile", "repeat", "hopper")
 FLAGS = ("checkpoint", "offload", "peer", "plain")
 DEFAULT = {
     **dict.fromkeys(WORDS + NUMBERS),
@@ -130,14 +130,16 @@ def ours(c, shape, drawn):
     weights are drawn, so that cases of another one have the same."""
     import ops
     import train
+    from kernels.coded import Coded
     from model import Config, Llama
 
-    how = {k: getattr(c, k) for k in ("attn", "pos", "memory", "adapter", "segment")}
+    how = {k: getattr(c, k) for k in ("attn", "pos", "memory", "adapter", "segment")} | ({"base_bits": c.base_bits} if c.base_bits else {})
     with ops.shapes_only():
         model = Llama(Config(**common.SHAPES[shape], **how))
     for name, p in ops.parameters(model).items():
         new = weight(name, tuple(p.shape), getattr(ops, drawn))
         ops.wait(new)
+        new = Coded(new, c.base_bits, getattr(ops, c.dtype or drawn)) if name in model.coded else new
         ops.set_parameters(model, {name: new})
     train.prepare(model, SimpleNamespace(dtype=c.dtype or drawn, checkpoint=c.checkpoint, loss_chunk=c.loss_chunk, mlp_tile=c.mlp_tile))
     if c.plain:

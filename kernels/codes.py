@@ -13,25 +13,36 @@ CODES = ("k_code", "k_scale", "v_code", "v_scale")
 
 def encode(x, bits, channels):
     """[..., D] -> codes uint8 [..., D * bits / 8], and s and z of each group float16 [..., 2 D / channels]."""
+    code, *scales = codes(x, bits, channels, ops.float16)
+    return code, ops.cat(scales, -1)
+
+
+def decode(code, scale, bits, dtype):
+    """The inverse: [..., D] of this dtype."""
+    return numbers(code, *ops.split(scale, 2, -1), bits, dtype)
+
+
+def codes(x, bits, channels, dtype):
+    """[..., D] -> codes uint8 [..., D * bits / 8], the first of two in a byte's lower half; s and z [..., D / channels] of this dtype."""
     x = ops.stop(ops.cast(x, ops.float32))
     groups = x.reshape(*x.shape[:-1], -1, channels)
     top, low = ops.amax(groups, -1), -ops.amax(-groups, -1)
     scale = (top - low) / (2**bits - 1)
     # as they will be read
-    scale, low = (ops.cast(ops.cast(a, ops.float16), ops.float32) for a in (ops.where(scale < 1e-6, 1e-6, scale), low))
+    scale, low = (ops.cast(ops.cast(a, dtype), ops.float32) for a in (ops.where(scale < 1e-6, 1e-6, scale), low))
     code = ops.minimum(ops.nearest((groups - low) / scale), 2**bits - 1)
     code = ops.cast(ops.where(code < 0, 0, code), ops.int32).reshape(x.shape)
     code = code[..., ::2] + 16 * code[..., 1::2] if bits == 4 else code
-    return ops.cast(code, ops.uint8), ops.cast(ops.cat([scale, low], -2)[..., 0], ops.float16)
+    return ops.cast(code, ops.uint8), *(ops.cast(a[..., 0], dtype) for a in (scale, low))
 
 
-def decode(code, scale, bits, dtype):
-    """The inverse: [..., D] of this dtype."""
+def numbers(code, scale, low, bits, dtype):
+    """The inverse of codes()."""
     code = ops.cast(code, ops.int32)
     if bits == 4:
         code = ops.cat([(code % 16)[..., None], (code // 16)[..., None]], -1)
-    s, z = ops.split(ops.cast(scale, ops.float32)[..., None], 2, -2)
-    x = ops.cast(code, ops.float32).reshape(*scale.shape[:-1], s.shape[-2], -1) * s + z
+    s, z = (ops.cast(a, ops.float32)[..., None] for a in (scale, low))
+    x = ops.cast(code, ops.float32).reshape(*scale.shape, -1) * s + z
     return ops.cast(x.reshape(*scale.shape[:-1], -1), dtype)
 
 

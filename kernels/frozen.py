@@ -8,6 +8,8 @@ bench/finetune.py):
     What is cheap to make is not kept. The backward passes of norms and gate, which read x, g and u anyway, leave the norm's and the gate's
         output where their gradient was, in time for the gradient of A. A token takes (4 C + 2 F) numbers a layer and its keys and values.
     Matrices that read the same are one product, and the residual is added in it.
+    A matrix that is held as codes (coded.py) becomes numbers right before its product, in a room that all layers share; what a recomputed
+        forward pass left there serves the backward pass that follows.
     Logits become their own gradient in place, and their product with the head is made once more for nobody.
 
 Attention, positions and memory lie between the two halves of a block, as they are written, whatever they are.
@@ -32,9 +34,10 @@ def use(model):
     """Let the blocks and the loss of a model that is ready to train run so, where they can; it is the same model."""
     if not TRITON or ENGINE not in ("auto", "triton"):
         return
+    rooms = {}
     for block in model.model.layers:
         if stock(block):
-            halves = [stacked(names, block.self_attn, block.mlp) for names in PRODUCTS]
+            halves = [stacked(names, rooms, block.self_attn, block.mlp) for names in PRODUCTS]
             block.forward = functools.partial(forward, block, halves)
     if stock_head(model):
         model.losses = functools.partial(losses, model)
@@ -83,8 +86,9 @@ def dropping(parts):
 # ---------------------------------------------------------------- matrices
 
 
-def stacked(names, *parts):
-    return Stack([next(getattr(part, name) for part in parts if hasattr(part, name)) for name in names])
+def stacked(names, rooms, *parts):
+    linears = [next(getattr(part, name) for part in parts if hasattr(part, name)) for name in names]
+    return Stack(linears) if all(ops.is_array(linear.weight) for linear in linears) else CodedStack(linears, rooms)
 
 
 class Stack:
@@ -94,23 +98,28 @@ class Stack:
         self.linears, self.ranks = linears, [linear.lora_A.weight.shape[0] if adapted(linear) else 0 for linear in linears]
         self.outs, self.n_in = [linear.weight.shape[0] for linear in linears], linears[0].weight.shape[1]
         # rows stay aligned as tensor cores want them
-        self.beside, like = -(-sum(self.ranks) // 64) * 64, linears[0].weight
-        self.w = like.new_zeros(sum(self.outs), self.n_in + self.beside)
-        self.a = like.new_zeros(self.beside, self.n_in)
-        for linear, rows in zip(linears, self.w.split(self.outs)):
+        self.beside, self.dtype = -(-sum(self.ranks) // 64) * 64, linears[0].weight.dtype
+        self.a, self.seen = ops.full((self.beside, self.n_in), 0.0, self.dtype), None
+        self.settle()
+
+    def settle(self):
+        self.w = ops.full((sum(self.outs), self.n_in + self.beside), 0.0, self.dtype)
+        for linear, rows in zip(self.linears, self.w.split(self.outs)):
             rows[:, : self.n_in] = linear.weight.detach()
             # no second copy: the model's own matrix is a part of this one
             ops.set_parameters(linear, {"weight": rows[:, : self.n_in]})
-        self.seen = None
 
     def trained(self):
         """A and B of the linears that have them, in turn."""
         return [w for linear in self.linears if adapted(linear) for w in (linear.lora_A.weight, linear.lora_B.weight)]
 
+    def starts(self):
+        """Beside the matrix, the first column of each B."""
+        return [sum(self.ranks[:i]) for i in range(len(self.ranks))]
+
     def blocks(self, x):
         """The parts of [n_out of all, beside] in which each B stands."""
-        starts = [sum(self.ranks[:i]) for i in range(len(self.ranks))]
-        return [part[:, at : at + r] for part, at, r in zip(x.split(self.outs), starts, self.ranks) if r]
+        return [part[:, at : at + r] for part, at, r in zip(x.split(self.outs), self.starts(), self.ranks) if r]
 
     def scales(self):
         return [linear.scale for linear in self.linears if adapted(linear)]
@@ -122,21 +131,29 @@ class Stack:
         if now != self.seen:
             with torch.no_grad():
                 self.a[: sum(self.ranks)] = torch.cat(trained[::2]) if trained else 0
-                for to, b, s in zip(self.blocks(self.w[:, self.n_in :]), trained[1::2], self.scales()):
-                    to.copy_(b * s)
+                self.take(trained[1::2])
             self.seen = now
+
+    def take(self, bs):
+        for to, b, s in zip(self.blocks(self.w[:, self.n_in :]), bs, self.scales()):
+            to.copy_(b * s)
+
+    def matrix(self):
+        """[W, s B], after refresh()."""
+        return self.w
 
     def __call__(self, y, residual=None):
         """y [n, n_in + beside], of which the last columns are room -> (the products [n, n_out of all], t [n, beside])."""
         self.refresh()
         t = y[:, : self.n_in] @ self.a.T
         y[:, self.n_in :] = t
-        return (y @ self.w.T if residual is None else torch.addmm(residual, y, self.w.T)), t
+        w = self.matrix().T
+        return (y @ w if residual is None else torch.addmm(residual, y, w)), t
 
     def back(self, dout, t):
         """[dy, dt] [n, n_in + beside], and the gradients of each B."""
         both = (dout.T @ t).float() if self.beside else None
-        d = dout @ self.w
+        d = dout @ self.matrix()
         d[:, : self.n_in].addmm_(d[:, self.n_in :], self.a)
         return d, [block * s for block, s in zip(self.blocks(both), self.scales())] if self.beside else []
 
@@ -145,6 +162,32 @@ class Stack:
         if not self.beside:
             return []
         return list((dt.T @ y).float()[: sum(self.ranks)].split([r for r in self.ranks if r]))
+
+
+class CodedStack(Stack):
+    """The same of matrices that are held as codes. rooms: by shape, what all layers' matrices are made numbers in, and whose are there."""
+
+    def __init__(self, linears, rooms):
+        self.rooms = rooms
+        super().__init__(linears)
+
+    def settle(self):
+        key = sum(self.outs), self.n_in + self.beside, self.dtype
+        if key not in self.rooms:
+            self.rooms[key] = {"w": ops.full(key[:2], 0.0, self.dtype), "whose": None}
+        self.room = self.rooms[key]
+
+    def take(self, bs):
+        self.room["whose"] = None
+
+    def matrix(self):
+        # one stream computes all: nobody reads any more what is overwritten
+        if self.room["whose"] is not self:
+            for linear, rows, at in zip(self.linears, self.room["w"].split(self.outs), self.starts()):
+                b = {"b": linear.lora_B.weight.detach(), "s": linear.scale, "at": at} if adapted(linear) else {}
+                fused.dequantise(linear.weight, rows, **b)
+            self.room["whose"] = self
+        return self.room["w"]
 
 
 def adapted(linear):
@@ -161,7 +204,7 @@ def in_turn(a, b):
 def forward(block, halves, x, seg, s):
     """Block.forward."""
     (qkv, o, gu, down), attn, memory = halves, block.self_attn, block.self_attn.memory
-    if not fused.can(x) or x.dtype != qkv.w.dtype or dropping(halves) or block.tile:
+    if not fused.can(x) or x.dtype != qkv.dtype or dropping(halves) or block.tile:
         return Block.forward(block, x, seg, s)
     if packs(memory):
         q, k, v = Front.apply(x, block.input_layernorm, qkv, attn.D, attn.H, *qkv.trained())

@@ -79,9 +79,48 @@ def loss_kernel(Z, TARGET, LOSS, V: tl.constexpr, VB: tl.constexpr):
         tl.store(Z + i * V + c, tl.where(there, tl.exp(z - m) / l - tl.where(c == t, 1.0, 0.0), 0.0), mask=c < V)
 
 
+@triton.jit
+def dequantise_kernel(
+    CODE, SCALE, LOW, B, OUT, s, wide, at, rank, beside,
+    N: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WB: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """A row of OUT: N numbers of codes, 32 / BITS of them in a word, and beside them a row of s B from column `at` on, zeros around it."""
+    i = tl.program_id(0).to(tl.int64)
+    each: tl.constexpr = 32 // BITS
+    w = tl.program_id(1) * WB + tl.arange(0, WB)
+    inside = w < N // each
+    word = tl.load(CODE + i * (N // each) + w, mask=inside, other=0)
+    g = i * (N // GROUP) + w * each // GROUP
+    scale = tl.load(SCALE + g, mask=inside, other=0.0).to(tl.float32)
+    low = tl.load(LOW + g, mask=inside, other=0.0).to(tl.float32)
+    part = tl.arange(0, each)[None, :]
+    # whatever the sign brings in from the left is cut off
+    q = (word[:, None] >> (part * BITS)) & ((1 << BITS) - 1)
+    x = q.to(tl.float32) * scale[:, None] + low[:, None]
+    tl.store(OUT + i * wide + w[:, None] * each + part, x, mask=inside[:, None])
+    if tl.program_id(1) == 0:
+        c = tl.arange(0, BP)
+        b = tl.load(B + i * rank + c - at, mask=(c >= at) & (c < at + rank), other=0.0).to(tl.float32)
+        tl.store(OUT + i * wide + N + c, b * s, mask=c < beside)
+
+
 def can(x):
     """Is x where the kernels run?"""
     return x.is_cuda or INTERPRETED
+
+
+def dequantise(w, out, b=None, s=1.0, at=0):
+    """Write a kernels.coded.Coded [n_out, n_in] into the first columns of rows `out`; of the others s b [n_out, rank] becomes the part
+    from the one numbered `at` on, and the rest zero."""
+    (n, n_in), wide = w.shape, out.stride(0)
+    beside, words = out.shape[1] - n_in, n_in * w.bits // 32
+    block = min(512, triton.next_power_of_2(words))
+    dequantise_kernel[(n, triton.cdiv(words, block))](
+        w.code.view(torch.int32), w.scale, w.low, w.scale if b is None else b, out,
+        s, wide, at, 0 if b is None else b.shape[1], beside,
+        n_in, w.group, w.bits, block, triton.next_power_of_2(max(1, beside)),
+    )  # fmt: skip
+    return out
 
 
 def norm(x, gain, eps, beside=0):

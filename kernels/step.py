@@ -12,7 +12,6 @@ from memory._past import Past
 from memory._pruned import Pruned
 from memory.base import Memory
 from memory.quantised import Memory as Quantised
-from memory.sinks import Memory as Sinks
 from model import MLP, Attention, Block, Llama
 from positions.base import Rotary
 
@@ -110,7 +109,7 @@ def stacked(mlp, norm, x):
 def bare(linear, x, kind=ops.Linear):
     """Is this a matrix and nothing else, of the numbers that x is made of?"""
     w = getattr(linear, "weight", None)
-    return type(linear) is kind and getattr(linear, "bias", None) is None and w.dtype == x.dtype and w.is_contiguous()
+    return type(linear) is kind and getattr(linear, "bias", None) is None and ops.is_array(w) and w.dtype == x.dtype and w.is_contiguous()
 
 
 def normed(norm):
@@ -124,10 +123,7 @@ def plain(block, x, seg, s):
     linears = all(bare(m, x) for m in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
     if type(attn) is not Attention or not linears or not normed(block.input_layernorm) or not turns(seg) or memory.late(seg):
         return False
-    if any(owner(memory, f) is not Memory for f in ("write", "pack", "put", "unpack", "look", "used", "how", "late")):
-        return False
-    # what sinks say of consecutive slots is the host's, who knows of none in a graph
-    if owner(memory, "seen") not in (Memory, Sinks):
+    if any(owner(memory, f) is not Memory for f in ("write", "pack", "put", "unpack", "seen", "look", "used", "how", "late")):
         return False
     if seg.begin is not None and getattr(memory, "window", 0):
         # where the documents of remembered queries begin is not noted

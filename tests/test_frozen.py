@@ -14,7 +14,8 @@ import train
 if not kernels.TRITON:
     pytest.skip("needs Triton, and CUDA or TRITON_INTERPRET=1", allow_module_level=True)
 
-from kernels import frozen
+from kernels import coded, frozen, frozen_triton
+from memory.quantised import numbers
 
 T = 40
 WAYS = {
@@ -104,3 +105,38 @@ def test_the_weights_are_where_they_were():
     assert before.keys() == after.keys() and all(apart(ops.numpy(after[n]), ops.numpy(x)) == 0 for n, x in before.items())
     attn = fused.model.layers[0].self_attn
     assert attn.q_proj.weight.untyped_storage().data_ptr() == attn.k_proj.weight.untyped_storage().data_ptr(), "one matrix in memory"
+
+
+@pytest.mark.parametrize(
+    "bits, way, adapter",
+    [(4, "whole", "lora:rank=4"), (8, "whole", "lora:rank=3,targets=q_proj+v_proj+down_proj"), (4, "whole", "prefix")],
+    ids=["all", "some", "none"],
+)
+def test_matrices_that_are_held_as_codes(bits, way, adapter):
+    how = {"intermediate_size": 64, "base_bits": bits, **WAYS[way]}
+    segment = how.get("segment")
+    plain, fused = ready(adapter, **how), ready(adapter, **how)
+    frozen.use(fused)
+    assert all("forward" in vars(block) for block in fused.model.layers)
+    fused.model.run = ops.checkpoint
+    same(step(fused, segment), step(plain, segment))
+    if adapter != "prefix":
+        # what a step changes is seen by the next one
+        grads = {n: ops.array(np.sign(ops.numpy(p))) for n, p in ops.parameters(plain).items() if plain.trains(n)}
+        for model in (plain, fused):
+            ops.AdamW(model, (0.9, 0.95), 1e-8, 0.0).step(dict(grads), 0.01)
+        same(step(fused, segment), step(plain, segment))
+
+
+@pytest.mark.parametrize("bits, n_in, beside", [(4, 128, 0), (8, 128, 64), (4, 96, 64), (4, 8256, 64)])
+def test_codes_become_numbers(bits, n_in, beside):
+    draw = np.random.default_rng(0)
+    w, b = (ops.array(draw.normal(size=(5, n)).astype("float32")) for n in (n_in, 3))
+    held, out = coded.Coded(w, bits, ops.float16), ops.full((5, n_in + beside), 7.0, ops.float32)
+    frozen_triton.dequantise(held, out, *((b, 2.0, 4) if beside else ()))
+    want = numbers(held.code, held.scale, held.low, bits, ops.float32)
+    assert apart(ops.numpy(out[:, :n_in]), ops.numpy(want)) < 1e-6
+    if beside:
+        room = np.zeros((5, beside), "float32")
+        room[:, 4:7] = 2 * ops.numpy(b)
+        np.testing.assert_array_equal(ops.numpy(out[:, n_in:]), room)
