@@ -116,7 +116,8 @@ def prompts(tokenizer, lengths, depths, trials, seed=0):
 
     def written(place):
         n, depth, key = place
-        return {"length": n, "depth": depth, "key": key, "ids": sum(prompt(tokenizer, n, depth, key), [])}
+        text, question = prompt(tokenizer, n, depth, key)
+        return {"length": n, "depth": depth, "key": key, "ids": text + question}
 
     # the tokenizer works beside Python
     with ThreadPoolExecutor(os.cpu_count()) as pool:

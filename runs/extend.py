@@ -66,7 +66,7 @@ CHOICES = {
     "s2": {"attn": "s2:group={group}"},
 }
 BEFORE = ("rope", "yarn")
-LONG = {"lengths": "8k,16k,32k,64k", "asked": "8k,16k,32k,64k", "curriculum": "16k,32k,64k", "batch": 1, "steps": 120, "lr": 2e-4}
+LONG = {"lengths": "8k,16k,32k,64k", "asked": "8k,16k,32k,64k", "curriculum": "16k,32k,64k", "batch": 1, "steps": 100, "lr": 2e-4}
 LONG |= {"window": 4096, "n_global": 64, "segment": 8192, "rows": 4, "depths": 5, "trials": 2}
 # bytes instead of tokens, so that a passkey's prompt needs some hundred
 TOY = {"lengths": "128,256,512,1k", "asked": "512,1k", "curriculum": "256,512,1k", "batch": 1, "steps": 6, "lr": 1e-3}
@@ -179,7 +179,7 @@ def said(name, reading):
 def row_of(name, args, texts, files, asked, seconds):
     """The row of a choice: trained if it is to be, then read."""
     if name in BEFORE:
-        pos = "rope" if name == "rope" else f"yarn:factor={args.lengths[-1] / args.original:g}"
+        pos = "rope" if name == "rope" else f"yarn:factor={max(1, args.lengths[-1] / args.original):g}"
         row, readings = {"name": name}, [(args.folder, "full", pos)]
     else:
         out = args.models.absolute() / name
@@ -188,7 +188,8 @@ def row_of(name, args, texts, files, asked, seconds):
         t = row["training"]
         cli.say(f"{name}: {t['tokens']:,} tokens in {t['seconds']} s, {t['speeds']} tokens/s, peak {t['peak_GiB']} GiB")
         folder, own = rundir.checkpoints(out)[-1], flags(name, args)[1]
-        readings = [(folder, attn, None) for attn in dict.fromkeys(["full", own])]
+        # in segments its own is the same pattern
+        readings = [(folder, attn, None) for attn in dict.fromkeys(["full", *[own] * ("segment" not in CHOICES[name])])]
     row["reads"] = []
     for reading in readings:
         row["reads"].append(read(*reading, texts, asked, args))
@@ -229,19 +230,20 @@ def picture(r, path):
     """Loss by position, and passkey by length."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     curves = {}
     for row in r["rows"]:
         for reading in row.get("reads", []):
             own = reading["attn"] != "full"
             name = f"{row['name']}, before" if "training" not in row else row["name"] + own * ", read with its own"
-            curves[name] = COLORS[row["name"]], ":" if "training" not in row else "--" if own else "-", reading["curve"]
+            color, style = COLORS[row["name"]], ":" if "training" not in row else "--" if own else "-"
+            curves[name] = color, style, reading["curve"]
             if found := reading.get("passkey"):
-                right.plot(
-                    found["lengths"], [100 * np.mean(x) for x in found["accuracy"]], "o" + curves[name][1], color=COLORS[row["name"]]
-                )
+                right.plot(found["lengths"], [100 * np.mean(x) for x in found["accuracy"]], "o" + style, color=color)
     lengths.draw(left, curves, r["original"], "loss (nats a token)", 1)
+    left.get_legend().remove()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     # what breaks down at once would leave no room for the others
     kept = [b["loss"] for name, (_, _, buckets) in curves.items() if not name.startswith("rope") for b in buckets]
     left.set_ylim(min(kept, default=0) - 0.1, max(kept, default=1) + 0.1)

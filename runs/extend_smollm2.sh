@@ -6,8 +6,8 @@
 #
 # One of the choices by itself, as runs/extend.py calls it:
 #
-#   python train.py --attn longformer:window=4096,n_global=64 --pos yarn:factor=auto --curriculum 16k,32k,64k --batch 1 --steps 120 \
-#       --warmup 12 --lr 2e-4 --data NOVELS
+#   python train.py --attn longformer:window=4096,n_global=64 --pos yarn:factor=auto --curriculum 16k,32k,64k --batch 1 --steps 100 \
+#       --warmup 10 --lr 2e-4 --data NOVELS
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 exec python "$root/runs/extend.py" --plot "$root/docs/extend.png" "$@"
