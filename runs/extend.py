@@ -5,16 +5,17 @@
     python runs/extend.py --toy                                           # a minute or two on a CPU: shows that all works
     python runs/extend.py --table bench/results/extend.json --plot docs/extend.png
 
-Protocol. Each choice is one run of train.py from the same checkpoint over the same batches in the same order, as many tokens a step in all
-stages; the stages' rows are longer and longer, and yarn's factor is their length over the model's own. Loss is measured on windows of the
-longest length from the front of each held-out text, as many of each: a window is read at once, positions from 0, with the factor of the
-longest length, and the mean is taken over the positions of a range, in nats a token. Passkey is the prompt of passkey.py in plain text,
-read at once and answered greedily; depths are spread evenly from before the filler to after it, and the keys are the same for every
-model. What a pattern was trained with and what it is read with are two things: `full` is full causal attention over everything, whatever
-was trained; `own` is the pattern itself, over whole texts, with nothing forgotten. s2 is made for training alone: read with its own it
-has a loss, to show why, and answers nothing. Before training the model is read with plain rope and with yarn. Training seconds are
-the sum over steps, first compilations included, without validation and saving; tokens/s are the median of the last stage; the peak is
-the device's. One seed; which texts the model saw before is not known: compare the choices, not the model with others.
+Protocol. Each choice is one run of train.py from the same checkpoint over the same batches in the same order, as many tokens a step in
+all stages; the stages' rows are longer and longer, and yarn's factor is their length over the model's own; s2's groups stay a quarter of
+the longest. Full fine-tuning learns at --lr, an adapter at its own file's rate. Loss is measured on windows of the longest length from
+the front of each held-out text, as many of each: a window is read at once, positions from 0, with the factor of the longest length, and
+the mean is taken over the positions of a range, in nats a token. Passkey is the prompt of passkey.py in plain text, read at once and
+answered greedily; depths are spread evenly from before the filler to after it, and the keys are the same for every model. What a pattern
+was trained with and what it is read with are two things: `full` is full causal attention over everything, whatever was trained; `own` is
+the pattern itself, over whole texts, with nothing forgotten. s2 is made for training alone: read with its own it has a loss, to show why,
+and answers nothing. Before training the model is read with plain rope and with yarn. Training seconds are the sum over steps, first
+compilations included, without validation and saving; tokens/s are the median of the last stage; the peak is the device's. One seed; which
+texts the model saw before is not known: compare the choices, not the model with others.
 
 Claimed: yarn needs a fraction of the training tokens that earlier schemes do (Peng et al. 2023, arXiv:2309.00071); training with shifted
 groups and reading with full attention comes close to training with full attention, where LoRA alone falls behind and norms and
@@ -150,7 +151,6 @@ def call(command, log, seconds):
 
 def read(folder, attn, pos, texts, asked, args):
     """Loss by position and passkey of a checkpoint, read with a pattern; pos None: as it was trained."""
-    import ops
     from model import load
 
     start, longest = time.perf_counter(), args.lengths[-1]
@@ -161,11 +161,9 @@ def read(folder, attn, pos, texts, asked, args):
     every = np.concatenate([lengths.read(model, tokens, longest, lengths.at_once()) for _, tokens in texts]).astype(np.float64)
     result = {"attn": attn, "pos": model.config.pos, "loss": stream.by_range(every, [0, *args.lengths]), "tokens": every.size}
     result["curve"] = evaluate.by_position(every.sum(0), np.full(longest, len(every)), 4)
-    model.chunk = None
     if asked and not aside:
         trials = passkey.read_together(model, tokenizer, asked, lengths.at_once())
         result["passkey"] = passkey.summed(trials, args.asked, args.depths)
-    ops.wait(ops.parameters(model))
     return result | {"seconds": round(time.perf_counter() - start, 1)}
 
 
