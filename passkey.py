@@ -5,8 +5,11 @@ The prompt is plain text also for models that chat: that is how it was published
 first number is the key, digit for digit.
 """
 
+import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 
 import numpy as np
 from tqdm import tqdm
@@ -31,13 +34,12 @@ def prompt(tokenizer, length, depth, key):
     depth: where in the filler the key stands, 0 to 1. Raises Refused for a length that leaves no room.
     """
 
-    def ids(n):
+    def written(n):
         before = int(depth * n + 0.5)
         filler = [" ".join(FILLER[i % len(FILLER)] for i in range(m)) for m in (before, n - before)]
-        text = "\n".join([TASK, filler[0], KEY.format(key=key), filler[1], ""])
-        return tokenizer.encode(text).tolist(), tokenizer.encode(text + QUESTION).tolist()
+        return "\n".join([TASK, filler[0], KEY.format(key=key), filler[1], ""])
 
-    size = lambda n: len(ids(n)[1])
+    size = lambda n: len(tokenizer.encode(written(n) + QUESTION))
     if size(1) > length:
         raise Refused(f"a passkey prompt of {length} tokens has no room for its filler: --lengths must be {size(1)} or more")
     n = max(1, int((length - size(0)) * 50 / (size(50) - size(0))))
@@ -45,7 +47,7 @@ def prompt(tokenizer, length, depth, key):
         n -= 1
     while size(n + 1) <= length:
         n += 1
-    text, whole = ids(n)
+    text, whole = (tokenizer.encode(written(n) + more).tolist() for more in ("", QUESTION))
     # tokens may reach over the seam: the question begins where the text with it parts from the text without it
     same = next((i for i, (a, b) in enumerate(zip(text, whole)) if a != b), len(text))
     return whole[:same], whole[same:]
@@ -80,15 +82,78 @@ def passkey(session, tokenizer, length, depth, key, seen=False):
     return trial | {"answer": answer, "correct": matches(answer, key)}
 
 
+def spread(depths):
+    """So many depths, evenly from 0 to 1."""
+    return np.linspace(0, 1, depths) if depths > 1 else np.full(1, 0.5)
+
+
+def places(lengths, depths, trials, seed=0):
+    """(length, depth from 0 to 1, key) of every trial. A key depends on the seed, length, depth and trial alone."""
+    at = spread(depths)
+    key = lambda *which: int(np.random.default_rng([seed, *which]).integers(1, 50001))
+    return [(n, float(at[d]), key(n, d, t)) for n in lengths for d in range(depths) for t in range(trials)]
+
+
+def summed(out, lengths, depths):
+    """Accuracies [lengths, depths], and every trial."""
+    accuracy = np.array([o["correct"] for o in out], float).reshape(len(lengths), depths, -1).mean(2)
+    return {"lengths": lengths, "depths": spread(depths).tolist(), "accuracy": accuracy.tolist(), "trials": out}
+
+
 def grid(model, tokenizer, lengths, depths, trials, seed=0, segment=512, seen=False):
-    """Accuracies [lengths, depths] and every trial. A key depends on the seed, length, depth and trial alone."""
+    """Accuracies [lengths, depths] and every trial, one after the other, read and answered as generate.py does."""
     # one graph is captured for each session: too dear for a short answer
-    session, places, out = Session(model, segment, graph=False), np.linspace(0, 1, depths) if depths > 1 else np.full(1, 0.5), []
-    every = [(n, d, t) for n in lengths for d in range(depths) for t in range(trials)]
-    with tqdm(every, "passkey", leave=False, disable=not sys.stderr.isatty()) as bar:
-        for n, d, t in bar:
-            key = int(np.random.default_rng([seed, n, d, t]).integers(1, 50001))
-            out.append(passkey(session, tokenizer, n, float(places[d]), key, seen))
+    session, out = Session(model, segment, graph=False), []
+    with tqdm(places(lengths, depths, trials, seed), "passkey", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for n, depth, key in bar:
+            out.append(passkey(session, tokenizer, n, depth, key, seen))
             bar.set_postfix(correct=f"{np.mean([o['correct'] for o in out]):.2f}", length=n, refresh=False)
-    accuracy = np.array([o["correct"] for o in out], float).reshape(len(lengths), depths, trials).mean(2)
-    return {"lengths": lengths, "depths": places.tolist(), "accuracy": accuracy.tolist(), "trials": out}
+    return summed(out, lengths, depths)
+
+
+def prompts(tokenizer, lengths, depths, trials, seed=0):
+    """The trials of grid(), not yet read: dicts with length, depth, key and the whole prompt's ids."""
+
+    def written(place):
+        n, depth, key = place
+        text, question = prompt(tokenizer, n, depth, key)
+        return {"length": n, "depth": depth, "key": key, "ids": text + question}
+
+    # the tokenizer works beside Python
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(written, places(lengths, depths, trials, seed)))
+
+
+def read_together(model, tokenizer, asked, at_once):
+    """The trials of prompts(), each read in one go and answered greedily, for a memory that keeps everything. Prompts of as many tokens
+    stand side by side, `at_once` tokens of them or one prompt."""
+    alike = {}
+    for i, trial in enumerate(asked):
+        alike.setdefault(len(trial["ids"]), []).append(i)
+    out = [None] * len(asked)
+    for size, which in alike.items():
+        rows = max(1, at_once // size)
+        for j in range(0, len(which), rows):
+            here = which[j : j + rows]
+            for i, answer in zip(here, answers(model, tokenizer, [asked[i]["ids"] for i in here])):
+                trial = {k: asked[i][k] for k in ("length", "depth", "key")}
+                out[i] = {**trial, "tokens": size, "answer": answer, "correct": matches(answer, trial["key"])}
+    return out
+
+
+def answers(model, tokenizer, rows):
+    """What the model writes, greedily, after each row of ids [B, T]: texts, each to its eos, or until all have said a number."""
+    import ops
+
+    x, written = np.asarray(rows, np.int32), []
+    state = model.start(x.shape[1], x.shape[1] + ANSWER)
+    with ops.no_grad():
+        while True:
+            logits, state = model(ops.array(x), state, last=1)
+            written.append(ops.numpy(ops.argmax(logits[:, -1], -1)).tolist())
+            lives = [list(takewhile(lambda token: token not in tokenizer.eos_ids, row)) for row in zip(*written)]
+            texts = [tokenizer.decode(ids) for ids in lives]
+            ended = [len(ids) < len(written) or re.search(r"[0-9][^0-9]", text) for ids, text in zip(lives, texts)]
+            if all(ended) or len(written) == ANSWER:
+                return texts
+            x = np.array(written[-1], np.int32)[:, None]

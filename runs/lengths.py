@@ -263,7 +263,12 @@ def plot(curves, mark, path, what, unit):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
-    ax = figure.subplots()
+    draw(figure.subplots(), curves, mark, what, unit)
+    saved(figure, path)
+
+
+def draw(ax, curves, mark, what, unit):
+    """The curves of plot() on axes."""
     for name, (color, style, buckets) in curves.items():
         ax.plot([(b["from"] + b["to"]) / 2 + 1 for b in buckets], [b["loss"] * unit for b in buckets], style, color=color, label=name)
     ax.axvline(mark, color="black", linewidth=0.8, linestyle=":")
@@ -273,6 +278,9 @@ def plot(curves, mark, path, what, unit):
     ax.set(xlabel=f"position (dotted: the trained length, {show(mark)})", ylabel=what)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
+
+
+def saved(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     cli.write(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
     cli.say(f"drawn into {path}")

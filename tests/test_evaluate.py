@@ -246,6 +246,43 @@ def test_bounded_memory_stays_flat(memory, flat):
     assert (short == long) == flat
 
 
+def test_prompts_read_together_are_answered_as_alone():
+    model, tokenizer = tiny(), Words()
+    # every id is a word from the beginning
+    tokenizer.encode("\n".join([passkey.TASK, *passkey.FILLER, passkey.KEY, passkey.QUESTION, "0123456789", " ".join(passkey.FILLER)]))
+    tokenizer.words += [f" word{'x' * i}" for i in range(257 - len(tokenizer.words))]
+    asked = passkey.prompts(tokenizer, [120, 200], 3, 2)
+    alone = passkey.grid(model, tokenizer, [120, 200], 3, 2, segment=512)["trials"]
+    same = [(t["length"], t["depth"], t["key"], t["tokens"]) for t in alone]
+    assert [(t["length"], t["depth"], t["key"], len(t["ids"])) for t in asked] == same
+    for at_once in (1, 500):
+        together = passkey.read_together(model, tokenizer, asked, at_once)
+        assert [t["correct"] for t in together] == [t["correct"] for t in alone]
+        # one that has said a number need not go on
+        assert all(a["answer"].startswith(t["answer"]) and t["answer"] for a, t in zip(alone, together))
+    assert len({t["answer"] for t in together}) > 3, "the prompts must be told apart"
+
+
+def test_answers_end(monkeypatch):
+    tokenizer, calls = Words(), []
+    say = [tokenizer.encode(text).tolist() for text in (" 40. and and and", " and and and and")]
+    logits = lambda tokens: ops.array(np.eye(257, dtype="float32")[tokens][:, None])
+
+    class Model:
+        start = staticmethod(lambda segment, total: None)
+
+        def __call__(self, x, state, last):
+            calls.append(tuple(x.shape))
+            return logits([ids[len(calls) - 1] for ids in said]), None
+
+    said = [say[0], [*say[1][:2], 0, *say[1]]]
+    assert passkey.answers(Model(), tokenizer, np.ones((2, 30))) == [" 40.", " and and"]
+    assert calls[0] == (2, 30) and set(calls[1:]) == {(2, 1)} and len(calls) == len(tokenizer.encode(" 40."))
+    calls.clear()
+    said = [say[1] * 4] * 2
+    assert len(passkey.answers(Model(), tokenizer, np.ones((2, 30)))) == 2 and len(calls) == passkey.ANSWER
+
+
 def test_grid_averages_over_trials(monkeypatch):
     keys = []
     monkeypatch.setattr(passkey, "Session", lambda *a, **k: None)

@@ -1,6 +1,7 @@
 """The scripts in runs/: windows are read as evaluate.py reads segments, schemes are what --pos makes of them, tables print again."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ from conftest import TINY, apart, run, text, tiny
 
 import evaluate
 import tokenizer
+import train
 from errors import Refused
 from model import Config, load, save
-from runs import extrapolate, lengths, remember, stream
+from runs import extend, extrapolate, lengths, remember, stream
 
 fresh = tiny.__wrapped__
 
@@ -181,7 +183,7 @@ def test_extrapolate_reads_what_is_there_when_one_fails(tmp_path, monkeypatch, c
 
 
 def test_protocols_say_what_is_done():
-    for script in (lengths, extrapolate, remember, stream):
+    for script in (lengths, extrapolate, remember, stream, extend):
         assert len(lengths.protocol(script.__doc__)) > 300
 
 
@@ -272,3 +274,72 @@ def test_remember_trains_and_goes_on_when_one_fails(tmp_path, capsys, monkeypatc
     ):
         with pytest.raises(Refused, match=why):
             remember.main([*flags, *more])
+
+
+def test_extend_trains_reads_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOLONG_CACHE", str(tmp_path / "cache"))
+    books = [novel(tmp_path / f"{i}.txt", 3000, i) for i in range(3)]
+    flags = ["--toy", "--data", *books[:2], "--valid", books[2], "--models", str(tmp_path / "m"), "--out", str(tmp_path), "--device", "cpu"]
+    extend.main([*flags, "--only", "rope", "s2-longlora"])
+    printed, r = capsys.readouterr(), json.loads((tmp_path / "extend-toy.json").read_text())
+    plain, row = r["rows"]
+    assert (plain["name"], row["name"]) == ("rope", "s2-longlora") and plain["reads"][0]["pos"] == "rope"
+    full, own = row["reads"]
+    assert (full["attn"], own["attn"]) == ("full", "s2:group=256") and full["pos"].startswith("yarn:factor=8")
+    # what it was trained with has a loss of its own, and no answers
+    assert "passkey" in full and "passkey" not in own and own["loss"][0]["loss"] != full["loss"][-1]["loss"] != own["loss"][-1]["loss"]
+    # training helps, and figures are those of the checkpoint as load() makes it
+    assert all(a["loss"] < b["loss"] for a, b in zip(full["loss"], plain["reads"][0]["loss"]))
+    (folder,) = (tmp_path / "m" / "s2-longlora").glob("step-*")
+    (text,) = [tokenizer.load(folder).encode(Path(books[2]).read_text(encoding="utf-8"))[:2049]]
+    want = lengths.read(load(folder, memory="full", dtype="float32", device="cpu")[0], text, 1024, 1024).mean(0)
+    for c in full["loss"]:
+        assert c["loss"] == pytest.approx(want[c["from"] : c["to"]].mean(), rel=1e-4)
+    assert full["tokens"] == 2048 == r["texts"][0]["tokens"]
+    t = row["training"]
+    assert t["tokens"] > 6 * 1000 and list(t["speeds"]) == ["256", "512", "1024"] and t["steps"] == 6
+    assert "--attn s2:group=256 --adapter longlora --pos yarn:factor=auto" in row["command"] and "$ python train.py" in printed.err
+    assert "| `s2-longlora` | own |" in printed.out and "| nothing, `rope` | full |" in printed.out
+    extend.main(["--table", str(tmp_path / "extend-toy.json"), "--plot", str(tmp_path / "x.png")])
+    assert capsys.readouterr().out == printed.out and (tmp_path / "x.png").is_file()
+    # one that fails, and one that comes too late, take nothing from the others
+    with pytest.raises(Refused, match="not done: full;"):
+        extend.main([*flags, "--only", "full", "--limit", "0"])
+    monkeypatch.setattr(extend, "call", lambda *args: (_ for _ in ()).throw(Refused("out of memory")))
+    with pytest.raises(Refused, match="not done: longformer;"):
+        extend.main([*flags, "--only", "longformer", "s2-longlora"])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "extend-toy.json").read_text())["rows"]}
+    assert list(rows) == ["rope", "longformer", "s2-longlora"] and "out of memory" in rows["longformer"]["failed"]
+    assert rows["rope"] == plain and rows["s2-longlora"]["reads"][0]["loss"] == full["loss"], "what is trained is not trained again"
+    with pytest.raises(Refused, match="other settings"):
+        extend.main([*flags, "--only", "full", "--window", "32"])
+
+
+def test_a_training_that_takes_too_long_saves_and_leaves(tmp_path):
+    code = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *a: sys.exit(130)); print('ready', flush=True); time.sleep(60)"
+    with pytest.raises(Refused, match="cut off by --limit"):
+        extend.call([sys.executable, "-c", code], tmp_path / "log", 2)
+    with pytest.raises(Refused, match=r"ended with 3 .*log2\)\nwhy"):
+        extend.call([sys.executable, "-c", "print('why'); raise SystemExit(3)"], tmp_path / "log2", 60)
+
+
+def test_extend_refuses(tmp_path):
+    for more, why in (
+        (["--only", "oops"], "oops"),
+        (["--curriculum", "256,512"], "must end at the longest"),
+        (["--steps", "0"], "at least 1"),
+        (["--curriculum", "256,512,1k", "--steps", "2"], "without any"),
+    ):
+        with pytest.raises(Refused, match=why):
+            extend.main(["--toy", "--out", str(tmp_path), "--models", str(tmp_path / "m"), *more])
+
+
+def test_every_choice_is_one_that_train_takes():
+    args = extend.arguments([])
+    for name in extend.CHOICES:
+        given = train.parse(extend.flags(name, args))
+        assert given["pos"] == "yarn:factor=auto" and given["curriculum"] == "16k,32k,64k" and "out" not in given
+        assert not any("{" in str(x) for x in given.values())
+    assert extend.flags("s2", args)[:2] == ["--attn", "s2:group=16384"]
+    files, valid = extend.own_library()
+    assert valid and not set(files) & set(valid) and all(v.startswith("repo:") for v in valid)
