@@ -403,17 +403,20 @@ def checkpoint(module, x, *rest):
         finally:
             swap_in(before)
 
-    return _once_more(again, [owner.trainable_parameters() for owner in owners], x, arrays)
+    weights = [owner.trainable_parameters() for owner in owners]
+    # of the other arrays some are constants, and nobody wants their gradients
+    return _once_more(again, len(tree_flatten(weights)) + 1, weights, x, arrays)
 
 
 def recomputed(f, *arrays):
     """f(*arrays), what it keeps for the gradients of the arrays made once more in the backward pass."""
-    return _once_more(f, *arrays)
+    return _once_more(f, len(arrays), *arrays)
 
 
-def _once_more(f, *given):
+def _once_more(f, sure, *given):
     """mx.checkpoint(f)(*given), trees of arrays, but made once more only when the gradient has come and the backward pass that was written
-    down before is done. Work is lazy: tiles, which do not wait for each other, would else lie in memory all at once."""
+    down before is done, as far as gradients of its first `sure` arrays go. Work is lazy: tiles, which do not wait for each other, would
+    else lie in memory all at once."""
     flat, made = [x for _, x in tree_flatten(given)], []
 
     def run(*arrays):
@@ -427,7 +430,7 @@ def _once_more(f, *given):
         arrays, dy, y = ([t] if is_array(t) else list(t) for t in (arrays, dy, y))
         _, grads = mx.vjp(run, mx.depends(arrays, [*dy, *y, *(_turns[-1] if _turns else [])]), dy)
         if _turns:
-            _turns[-1] = grads
+            _turns[-1] = grads[:sure]
         return grads
 
     once = mx.custom_function(run)
