@@ -221,7 +221,11 @@ def tiled(f, n, arrays, *modules):
     T = arrays[0].shape[1]
     if not n or n >= T:
         return f(*arrays, *modules)
-    return ops.cat([ops.checkpoint(f, *(a[:, i : i + n] for a in arrays), *modules) for i in range(0, T, n)], 1)
+    parts = []
+    for i in range(0, T, n):
+        x, *rest = (a[:, i : i + n] for a in arrays)
+        parts.append(ops.checkpoint(f, ops.after(x, parts[-1] if parts else None), *rest, *modules))
+    return ops.cat(parts, 1)
 
 
 class Decoder(Module):

@@ -426,17 +426,59 @@ def checkpoint(module, x, *rest):
         finally:
             swap_in(before)
 
-    return mx.checkpoint(again)([owner.trainable_parameters() for owner in owners], x, arrays)
+    weights = [owner.trainable_parameters() for owner in owners]
+    # of the other arrays some are constants, and nobody wants their gradients
+    return _once_more(again, len(tree_flatten(weights)) + 1, weights, x, arrays)
 
 
 def recomputed(f, *arrays):
     """f(*arrays), what it keeps for the gradients of the arrays made once more in the backward pass."""
-    return mx.checkpoint(f)(*arrays)
+    return _once_more(f, len(arrays), *arrays)
+
+
+def _once_more(f, sure, *given):
+    """mx.checkpoint(f)(*given), trees of arrays, but made once more only when the gradient has come and the backward pass that was written
+    down before is done, as far as gradients of its first `sure` arrays go. Work is lazy: tiles, which do not wait for each other, would
+    else lie in memory all at once."""
+    flat, made = [x for _, x in tree_flatten(given)], []
+
+    def run(*arrays):
+        given_, out = iter(arrays), []
+        y = f(*_tree_map(lambda t: next(given_), given))
+        # a place for each array: the arrays themselves would stay
+        made[:] = [_tree_map(lambda t: out.append(t) or _place if is_array(t) else t, y)]
+        return out
+
+    def backward(arrays, dy, y):
+        arrays, dy, y = ([t] if is_array(t) else list(t) for t in (arrays, dy, y))
+        _, grads = mx.vjp(run, mx.depends(arrays, [*dy, *y, *(_turns[-1] if _turns else [])]), dy)
+        if _turns:
+            _turns[-1] = grads[:sure]
+        return grads
+
+    once = mx.custom_function(run)
+    once.vjp(backward)
+    out = iter(once(*flat))
+    return _tree_map(lambda t: next(out) if t is _place else t, made[0])
+
+
+_place = object()
+_turns = []  # for each gradient that is being written down: what the backward pass written last gives
+
+
+@contextlib.contextmanager
+def _in_turn():
+    _turns.append([])
+    try:
+        yield
+    finally:
+        _turns.pop()
 
 
 def value_and_grad(model, f):
     """f() -> scalar or (scalar, other...): returns (what f returned, name -> gradient of the scalar for what trains)."""
-    out, grads = nn.value_and_grad(model, f)()
+    with _in_turn():
+        out, grads = nn.value_and_grad(model, f)()
     return out, dict(tree_flatten(grads))
 
 
@@ -453,7 +495,8 @@ def accumulate_through(model, f, arrays, grads):
         model.update(weights)
         return f(*arrays)
 
-    out, (new, of_arrays) = mx.value_and_grad(with_weights, argnums=(0, 1))(model.trainable_parameters(), arrays)
+    with _in_turn():
+        out, (new, of_arrays) = mx.value_and_grad(with_weights, argnums=(0, 1))(model.trainable_parameters(), arrays)
     new = dict(tree_flatten(new))
     # popped, so that nobody else holds them and the sums are written into their memory
     new = {n: grads.pop(n) + new.pop(n) if n in grads else new.pop(n) for n in list(new)}

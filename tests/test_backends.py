@@ -82,6 +82,55 @@ def start(name, weights):
     return weights[name] * 0 + (1 if "norm" in name else 0)
 
 
+# a step of LoRA over a long row, with everything that saves memory, and the same plainly and whole
+TUNED = """
+import sys
+from types import SimpleNamespace
+import numpy as np
+import ops, segments, train
+from conftest import text
+from data import Batch
+from test_adapters import fresh, moved
+
+train.use_backend(None)
+ways = {"saving": (True, 7, 5, 10, "all"), "plain": (False, None, None, None, "all"), "cut": (True, 7, 5, 10, 0)}
+batch, out = Batch(text(40), text(40, seed=1), np.zeros((1, 40), "int32"), [[]]), {}
+for way, (checkpoint, chunk, tile, segment, bptt) in ways.items():
+    memory = "sinks:budget=11,sinks=2,kv_positions=absolute" if segment else "full"
+    model = moved(fresh(adapter="lora:rank=4", attn="longformer:window=9,n_global=2", memory=memory))
+    train.prepare(model, SimpleNamespace(dtype="float32", checkpoint=checkpoint, loss_chunk=chunk, mlp_tile=tile))
+    if segment:
+        losses, grads = segments.accumulate(model, segments.cut(batch, segment), train.nats, {}, bptt)
+        loss = sum(x.item() for x, in losses)
+    else:
+        loss, grads = ops.value_and_grad(model, lambda: train.nats(model, batch))
+        loss = loss.item()
+    out |= {f"{way} loss": loss, **{f"{way} {n}": ops.numpy(g) for n, g in grads.items()}}
+np.savez(sys.argv[1], **out)
+"""
+
+
+@BOTH
+@pytest.mark.skipif(ops.BACKEND != "torch", reason="runs both backends at once: with the torch run is enough")
+def test_fine_tuning_in_little_memory_agrees(tmp_path):
+    """Segments, checkpoints, chunks, tiles and an adapter together: on both backends the gradients of whole rows on either."""
+    results = []
+    for backend in ("torch", "mlx"):
+        python(TUNED, backend, tmp_path / f"{backend}.npz")
+        results.append(dict(np.load(tmp_path / f"{backend}.npz")))
+    a, b = results
+    assert a.keys() == b.keys()
+    names = [n.removeprefix("plain ") for n in a if n.startswith("plain model")]
+    assert len(names) == 2 * 7 * 2
+    off = lambda x, y: max(float(np.linalg.norm(x(n) - y(n)) / np.linalg.norm(y(n))) for n in names)
+    ways = [lambda n, r=r, way=way: r[f"{way} {n}"] for r in results for way in ("saving", "plain", "cut")]
+    for saving, plain, cut in (ways[:3], ways[3:]):
+        assert off(saving, plain) < 1e-4 and off(saving, ways[1]) < 1e-4
+        assert off(cut, plain) > 1e-2, "a gradient that is dropped shows"
+    for way in ("saving", "plain", "cut"):
+        assert abs(a[f"{way} loss"] / b[f"{way} loss"] - 1) < 1e-5
+
+
 # ---------------------------------------------------------------- the same names
 
 

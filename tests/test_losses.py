@@ -1,5 +1,7 @@
 """What saves memory in training changes neither loss nor gradients."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from conftest import text, tiny
@@ -47,3 +49,36 @@ def test_mlps_in_tiles_are_the_same(recomputed):
         model.model.run = ops.call
         for block in model.model.layers:
             block.tile = None
+
+
+@pytest.mark.skipif(ops.BACKEND != "mlx", reason="torch works in the order in which it is told")
+@pytest.mark.parametrize("what", ["tiles", "chunks"])
+def test_parts_are_made_one_after_the_other(what, monkeypatch):
+    """Sixteen parts take little more than one, in the backward pass too, though nothing but its order says so."""
+    import mlx.core as mx
+
+    from backends import mlx_
+
+    # wide where the parts are wide, so that nothing else matters
+    model = tiny(attn="window:window=17", **({"intermediate_size": 1999} if what == "tiles" else {"vocab_size": 3999}))
+    x, y = ops.array(text(512)), ops.array(text(512, seed=1))
+
+    def peak():
+        mx.clear_cache()
+        before = ops.reset_peak()
+        ops.accumulate(model, lambda: model(x, targets=y).sum(), {})
+        return ops.peak_memory() - before
+
+    ops.freeze(model, [n for n in ops.parameters(model) if "norm" not in n])
+    try:
+        whole, model.chunk = peak(), 32
+        for block in model.model.layers:
+            block.tile = 32
+        parts = peak()
+        monkeypatch.setattr(mlx_, "_in_turn", contextlib.nullcontext)
+        assert parts < whole / 4 and peak() > 1.5 * parts, (whole, parts)
+    finally:
+        model.chunk = None
+        for block in model.model.layers:
+            block.tile = None
+        ops.freeze(model, [])
