@@ -250,6 +250,7 @@ def build(a, config, source, fresh):
         model, tokenizer = llama.load(source, a.attn, config.pos, a.memory, a.adapter, "float32", a.device)
     if tokenizer.vocab_size > config.vocab_size:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} tokens, but the config's vocab_size is {config.vocab_size}")
+    model.config = llama.dataclasses.replace(model.config, segment=config.segment)
     model.dtype, model.model.run, model.chunk = llama.as_dtype(a.dtype), ops.checkpoint if a.checkpoint else ops.call, a.loss_chunk
     for block in model.model.layers:
         block.tile = a.mlp_tile

@@ -7,7 +7,7 @@ from those alone. What they are, and how they pile up, is --memory summary's (me
 who=vectors: the LoRA acts where the rows are summary vectors, as they are written and as they are read, and nowhere else: tokens are read
     and answered by the base as it was, in the manner of ICAE (Ge et al. 2023, arXiv:2307.06945: a LoRA encoder, a frozen decoder). There
     the encoder reads the chunk too, so that it passes two models, once to be squeezed and once to be predicted; here it passes the base
-    alone, whose keys and values the vectors look at, and the vectors pass by themselves behind it: k rows more a chunk, written, and k, read.
+    alone, whose keys and values the vectors look at, and the vectors pass by themselves behind it: k rows a chunk, written, and k, read.
     A text's first segment is the base's to the bit. PEFT and mlx-lm would put such a LoRA on every row, so it is not in their files:
     nanolong.safetensors holds it, and convert.py does not merge it.
 who=both: AutoCompressor's (Chevalier et al. 2023, arXiv:2305.14788): one adapted model writes, reads and answers. It is in PEFT's files.
