@@ -227,7 +227,8 @@ def test_a_run_as_typed_and_what_reads_it(adapter, world, tmp_path, monkeypatch,
 
 def test_a_resumed_run_equals_one_that_never_stopped(world, tmp_path, monkeypatch):  # noqa: F811
     real, steps = train.train_step, []
-    flags = {"steps": 4, "save-every": 2, "adapter": "summary:rank=2,dropout=0.1", "dtype": "float32", "memory": "summary:k=3,chunks=4,chunk=16"}
+    flags = {"steps": 4, "save-every": 2, "adapter": "summary:rank=2,dropout=0.1", "dtype": "float32"}
+    flags["memory"] = "summary:k=3,chunks=4,chunk=16"
     assert train.main(args(world, tmp_path / "whole", **flags)) == 0
     monkeypatch.setattr(train, "train_step", lambda *a: steps.append(1) or (real(*a) if len(steps) < 4 else 1 / 0))
     with pytest.raises(ZeroDivisionError):
