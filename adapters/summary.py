@@ -15,8 +15,6 @@ who=both: AutoCompressor's (Chevalier et al. 2023, arXiv:2305.14788): one adapte
 The paper cuts the gradient behind every second segment: --bptt 1. At step 0 the memory's gates are closed, and each segment stands alone.
 """
 
-from types import SimpleNamespace
-
 import ops
 import plugins
 from ops import Module, ModuleList
@@ -109,9 +107,15 @@ class Worker(Module):
         self.self_attn, self.mlp = Products(block.self_attn, o), Products(block.mlp, o)
 
     def forward(self, x, seg, s, block):
-        parts = {"self_attn": With(block.self_attn, self.self_attn), "mlp": With(block.mlp, self.mlp), "tile": None}
-        norms = {name: getattr(block, name) for name in ("input_layernorm", "post_attention_layernorm")}
-        return type(block).forward(SimpleNamespace(**parts, **norms), x, seg, s)
+        return type(block).forward(Parts(block, With(block.self_attn, self.self_attn), With(block.mlp, self.mlp)), x, seg, s)
+
+
+class Parts:
+    """A block with this attention and this MLP."""
+
+    def __init__(self, block, attn, mlp):
+        self.self_attn, self.mlp, self.tile = attn, mlp, None
+        self.input_layernorm, self.post_attention_layernorm = block.input_layernorm, block.post_attention_layernorm
 
 
 class With:
