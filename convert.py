@@ -119,6 +119,8 @@ def from_adapter(folder, scratch):
     base, own = said.get("base_model_name_or_path"), folder / "nanolong.safetensors"
     if own.is_file() and any(".memory.prefix_" in name for name in read_safetensors(own)):
         raise Refused(f"{folder} is a prefix, which stands beside the model's weights and cannot be merged into them: use it as it is")
+    if own.is_file() and any(name.startswith("around.workers.") for name in read_safetensors(own)):
+        raise Refused(f"{folder} has a LoRA that works on summary vectors alone and cannot be merged into the weights: use it as it is")
     try:
         path = locate(str(base), scratch)
     except Refused as no:

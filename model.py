@@ -263,15 +263,17 @@ class Decoder(Module):
             attn.rule = attn.asked if training else attn.asked.each(aside)
             attn.memory.learning = training
 
-    def forward(self, x, at, begin, close, states, vectors=0, reading=False):
-        """x [B, T, C] -> [B, T, C] and the layers' new states."""
+    def forward(self, x, at, begin, close, states, vectors=0, reading=False, workers=None):
+        """x [B, T, C] -> [B, T, C] and the layers' new states. workers: what works each block in its forward()'s place, a module that
+        is given the block last."""
         turns, after = {}, []
         for p in self.positions:
             if p.felt not in turns:
                 turns[p.felt] = p.turn(at, begin)
         segments = [Segment(at, begin, p, turns[p.felt], p.bias(), close, vectors, reading) for p in self.positions]
-        for block, i, s in zip(self.layers, self.feels, states):
-            x, s = self.run(block, x, segments[i], s)
+        works = [(block,) for block in self.layers] if workers is None else zip(workers, self.layers)
+        for (work, *block), i, s in zip(works, self.feels, states):
+            x, s = self.run(work, x, segments[i], s, *block)
             after.append(s)
         return x, after
 
@@ -431,10 +433,10 @@ class Llama(Module):
             if name.startswith(POSITIONS):
                 i, _, leaf = name.removeprefix(POSITIONS).partition(".")
                 said = self.model.positions[int(i)].initial(leaf)
-            elif name.startswith(AROUND):
-                said = self.around.initial(name.removeprefix(AROUND))
             elif ADAPTED in name:
                 said = self.adapter.module.initial(self, name, self.adapter.options)
+            elif name.startswith(AROUND):
+                said = self.around.initial(name.removeprefix(AROUND), self)
             elif own(name):
                 attn, leaf = self.model.layers[int(name.split(".")[2])].self_attn, name.partition(".memory.")[2]
                 said = attn.memory.initial(attn, leaf)

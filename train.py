@@ -6,6 +6,7 @@
     python train.py --attn window:window=512 --length 64k --segment 2k --memory window:budget=511    # a row in segments
     python train.py --data repos:src/ --curriculum 4k,8k,32k --pos yarn:factor=auto    # longer and longer rows: see curriculum.py
     python train.py --attn s2 --pos pi:factor=4 --length 32k --adapter longlora    # the base frozen but for norms and embedding
+    python train.py --adapter summary --length 16k --segment 2k --data books/    # each chunk becomes a few vectors, and is read as those
     python train.py --resume out/SmolLM2-135M-Instruct-longformer
 
 Losses are in nats a token: summed over the target tokens of a whole step, divided by their number, however the rows are split.
@@ -140,6 +141,13 @@ def settle(given):
     cli.check_spelling(a["attn"], curriculum.settled(a["pos"]), a["memory"], a["adapter"])
     a["adapter"] = a["adapter"] or (llama.read_config(a["model"]).adapter if a["model"] else "full")
     adapter = plugins.parse("adapters", a["adapter"])
+    if asked := getattr(adapter.module, "flags", None):
+        known = llama.read_config(a["model"]).memory if a["model"] else "full"
+        try:
+            memory = a["memory"] or (known if known != "full" else None)
+            a["memory"], a["segment"] = asked(memory, a["segment"], min(stage.length for stage in a["stages"]))
+        except ValueError as no:
+            raise Refused(f"--adapter {adapter}: {no}") from None
     a["lr"] = adapter.module.LR if a["lr"] is None else a["lr"]
     a["min_lr"] = a["lr"] / 10 if a["min_lr"] is None else a["min_lr"]
     a["eval_every"] = a["eval_every"] or max(1, a["steps"] // 4)
@@ -246,6 +254,7 @@ def build(a, config, source, fresh):
         model, tokenizer = llama.load(source, a.attn, config.pos, a.memory, a.adapter, "float32", a.device, a.base_bits, frozen_as)
     if tokenizer.vocab_size > config.vocab_size:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} tokens, but the config's vocab_size is {config.vocab_size}")
+    model.config = llama.dataclasses.replace(model.config, segment=config.segment)
     return prepare(model, a), tokenizer
 
 

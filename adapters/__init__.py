@@ -5,6 +5,7 @@ def apply(model, o)          # put in what the adapter needs, shapes alone: weig
 def initial(model, name, o)  # the array that a parameter begins with that apply() has put in (its name has ".lora_" in it)
 def trains(name, o) -> bool  # does this parameter, which the base or apply() has, train?
 def shake(model, seed)       # optional: what is random in training is a function of this int; None: nothing is random
+def flags(memory, segment, length) -> (memory, segment)   # optional: what stands in their flags' place (None: not given). ValueError
 class Beside(Memory)         # optional: works each layer's memory as an attention pattern does (model.remember)
 
 The base is what other libraries know of the model, and stays as it is but for what trains() says. What mechanisms have of their own

@@ -65,7 +65,7 @@ class Lora(ops.Linear):
         y = super().forward(x)
         if self._merged is not None:
             return y
-        more = self.scale * self.lora_B(self.lora_A(self.dropped(x)))
+        more = self.more(x)
         if not self.dora:
             return y + more
         bias, ratio = getattr(self, "bias", None), ops.cast(self.ratio()[:, 0], x.dtype)
@@ -73,6 +73,10 @@ class Lora(ops.Linear):
             return ratio * (y + more)
         bias = ops.cast(bias, x.dtype)
         return ratio * (y - bias + more) + bias
+
+    def more(self, x):
+        """s B A x."""
+        return self.scale * self.lora_B(self.lora_A(self.dropped(x)))
 
     def dropped(self, x):
         if not self.dropout or self.seed is None:

@@ -22,6 +22,7 @@ class Around(Module):
         super().__init__()
         self.c, self.o, self.size = c, o, o.size
         self.vectors = ops.Embedding(o.size, c.hidden_size)
+        self.workers = None  # what works each block where these vectors are its rows, an adapter's; None: the block as it is
 
     def round(self, decoder, x, at, begin, count, close, state):
         """The layers over x [B, T, C], and over these vectors if the segment closes, as Llama.read -> [B, T, C], state.
@@ -37,12 +38,20 @@ class Around(Module):
         first = n + m if isinstance(n, int) and at.first is not None else None
         s = {**s, "begin": s["newest"] * 0 if begin is None else begin[..., -1:]}
         docs = None if begin is None else ops.expand(s["begin"], pos.shape)
-        x, both = ops.cat([x, ops.cast(self.inputs(s), x.dtype)], 1), Places(ops.cat([at.at, pos], 2), at.first)
-        x, layers = decoder(x, both, None if begin is None else ops.cat([begin, docs], 2), close, state["layers"], vectors=m)
-        x, h, n = x[:, :T], decoder.norm(x[:, T:]), n + m * live
+        h = ops.cast(self.inputs(s), x.dtype)
+        if self.workers is None:
+            both = Places(ops.cat([at.at, pos], 2), at.first)
+            x = ops.cat([x, h], 1)
+            x, layers = decoder(x, both, None if begin is None else ops.cat([begin, docs], 2), close, state["layers"], vectors=m)
+            x, h = x[:, :T], x[:, T:]
+        else:
+            # a segment may come in pieces, and these are one
+            x, layers = decoder(x, at, begin, False, state["layers"])
+            h, layers = decoder(h, Places(pos, first and first - m), docs, close, layers, vectors=m, workers=self.workers)
+        h, n = decoder.norm(h), n + m * live
         if self.read:
             pos, _ = self.places(n, s)
-            _, layers = decoder(h, Places(pos, first), docs, False, layers, reading=True)
+            _, layers = decoder(h, Places(pos, first), docs, False, layers, reading=True, workers=self.workers)
             n = n + m * live
         return x, {**state, "next": n, "layers": layers, "around": self.after(h, pos, s, isinstance(live, int))}
 
@@ -95,5 +104,5 @@ class Around(Module):
         h = ops.where(live, h, ops.cast(s["h"], h.dtype))
         return {**s, "h": h, "newest": ops.where(live, pos[..., -1:], s["newest"]), "more": more}
 
-    def initial(self, name):
-        """The array that the parameter of this name begins with; None: random, as any other."""
+    def initial(self, name, model):
+        """The array that the parameter of this name begins with, the base's weights being there; None: random, as any other."""

@@ -54,12 +54,17 @@ class Beside(Memory):
         if "side" not in s:
             return super().look(attn, q, k, v, slots, seg, s, lse)
         y = super().look(attn, q, k, v, slots, seg, s, lse=True)
-        return together(*y, *self.aside(attn, seg.queries(q), seg, s["side"]), self.gate(), lse)
+        return together(*y, *self.glance(attn, q, seg, s), self.gate(), lse)
+
+    def glance(self, attn, q, seg, s):
+        """What queries, not yet turned, see beside the slots, and its log-sum-exp."""
+        return self.aside(attn, seg.queries(q), seg, s["side"])
 
     def aside(self, attn, q, seg, side, felt=True):
-        """Attention over what stands beside, and its log-sum-exp. felt: are distances felt? Else neither queries nor keys are turned."""
+        """Attention over what stands beside, and its log-sum-exp. felt: are distances felt? Else neither queries nor keys are turned.
+        A side's "turned" are the positions that its keys, as they are, turn to."""
         pos = side["pos"]
-        k = seg.keys(side["k"], pos) if felt and seg.position.late else side["k"]
+        k = seg.keys(side["k"], side.get("turned", pos)) if felt and (seg.position.late or "turned" in side) else side["k"]
         how = {"scale": self.how(seg)["scale"], "bias": seg.bias if felt else None}
         return attend(q, k, side["v"], seg.at, Places(pos), self.everything, seg.begin, **how, lse=True)
 

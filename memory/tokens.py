@@ -62,7 +62,7 @@ class Memory(Beside):
         return self.stand(attn, x, seg, s) if seg.reading else super().write(attn, x, seg, s)
 
     def attend(self, attn, q, seg, s):
-        return (self.aside(attn, seg.queries(q), seg, s["side"])[0], s) if seg.reading else super().attend(attn, q, seg, s)
+        return (self.glance(attn, q, seg, s)[0], s) if seg.reading else super().attend(attn, q, seg, s)
 
     def close(self, attn, seg, s):
         # what was written is read by another way

@@ -18,8 +18,8 @@ segments is counted in bytes.
 
 What the sizes leave: `xl` keeps each layer's inputs of one segment, so a layer sees one segment back and each further layer one more, but
 no gradient teaches them to pass anything on. `compressive` keeps its last segment raw and squeezes those before it, two tokens into one,
-without a gradient either: what it knows of distance 2 and beyond stands in squeezed slots alone. `tokens`, `state`, `melodi` and `infini`
-keep no token, only vectors that they have made of them, or a matrix.
+without a gradient either: what it knows of distance 2 and beyond stands in squeezed slots alone. `tokens`, `summary`, `state`, `melodi`
+and `infini` keep no token, only vectors that they have made of them, or a matrix.
 
 Claimed: recurrent memory tokens solve copying and associative retrieval over more segments than Transformer-XL does with its cached past,
 and in short segments of text they are better than Transformer-XL, and that than no memory (Bulatov et al. 2022, arXiv:2207.06881); on text
@@ -59,11 +59,12 @@ MEMORIES = {
     "xl": "xl:length={n}",
     "compressive": "compressive:length={n},compressed=96,rate=2,closed=false",
     "tokens": "tokens:size=8,closed=false",
+    "summary": "summary:k=8,chunks=16,closed=false",
     "state": "state:size=8,closed=false",
     "melodi": "melodi:short=8,long=4,windows=16,closed=false",
     "infini": "infini:gate=sigmoid",
 }
-COLORS = dict(zip(MEMORIES, ("#999999", "#e0a458", "#59a14f", "#d1495b", "#4c78a8", "#b07aa1", "#76b7b2")))
+COLORS = dict(zip(MEMORIES, ("#999999", "#e0a458", "#59a14f", "#d1495b", "#e377c2", "#4c78a8", "#b07aa1", "#76b7b2")))
 color = lambda label: COLORS.get(label.partition(":")[0], "black")
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 TRAINING = {"segment": 20, "rows": 256, "steps": 1200, "warmup": 50, "lr": 2e-3, "farthest": 4, "beyond": 8, "fresh": 256, "seconds": 200}

@@ -27,6 +27,7 @@ TRAINS = {
     "longlora": r"lora_|norm|embed_tokens|\.memory\.",
     "prefix": r"\.memory\.",
     "memory": r"\.memory\.",
+    "summary": r"lora_|\.memory\.|around\.",
 }
 REMEMBERS = ["tokens", "state", "melodi", "infini", "compressive"]
 every = lambda what, specs: pytest.mark.parametrize(what, specs, ids=lambda x: named(x) if isinstance(x, str) else None)
@@ -34,7 +35,9 @@ every = lambda what, specs: pytest.mark.parametrize(what, specs, ids=lambda x: n
 
 def how(adapter):
     """A Config's fields with which an adapter can be."""
-    return {"adapter": adapter, **({"memory": "state:size=3"} if adapter.startswith("memory") else {})}
+    memories = {"memory": "state:size=3", "summary": "summary:k=3,chunk=16"}
+    name = adapter.partition(":")[0]
+    return {"adapter": adapter, **({"memory": memories[name]} if name in memories else {})}
 
 
 def moved(model, std=0.1):
@@ -72,7 +75,7 @@ def base(tmp_path, tokenizer_files):
 # ---------------------------------------------------------------- step 0, and what trains
 
 
-@every("adapter", [*plugins.names("adapters"), *LORAS, "prefix:counted=true", "memory:rank=2"])
+@every("adapter", [*plugins.names("adapters"), *LORAS, "prefix:counted=true", "memory:rank=2", "summary:who=both"])
 def test_step_0_is_the_base(adapter):
     spec = how(adapter)
     assert apart(run(tiny(**spec), text(T, 2)), run(tiny(), text(T, 2))) < 1e-5
@@ -96,13 +99,13 @@ def test_a_memory_trains_from_the_base_on(memory):
 
 def built(world, out, adapter, **more):  # noqa: F811
     """The model as train.py makes it."""
-    flags = {"adapter": adapter, "segment": 16, "memory": "state:size=3", **more}
+    flags = {"segment": 16, "memory": "state:size=3", **how(adapter), **more}
     a = train.settle(train.parse(args(world, out, **flags)))
     source = train.cli.model_folder(a)
     return train.build(a, train.config_of(a, source), source, True)[0]
 
 
-@every("adapter", [*plugins.names("adapters"), *LORAS, "memory:rank=2"])
+@every("adapter", [*plugins.names("adapters"), *LORAS, "memory:rank=2", "summary:who=both"])
 def test_three_steps_move_what_trains_and_nothing_else(adapter, world, tmp_path):  # noqa: F811
     model = built(world, tmp_path / "out", adapter, dtype="bfloat16")
     kinds = {n: str(p.dtype).split(".")[-1] for n, p in ops.parameters(model).items()}
@@ -326,7 +329,7 @@ def test_merged_and_taken_out_again(adapter):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@every("adapter", [*LORAS, "memory:rank=2", "memory"])
+@every("adapter", [*LORAS, "memory:rank=2", "memory", "summary:who=both"])
 def test_convert_makes_a_plain_model_of_it(adapter, tied, base, tmp_path):
     model, _ = load(base(tie_word_embeddings=tied), **how(adapter), pos="pi:factor=2", dtype="float32")
     save(moved(model), tmp_path / "adapted", tmp_path / "base")
@@ -368,7 +371,7 @@ def test_a_merge_keeps_the_base_s_dtype(base, tmp_path):
 # ---------------------------------------------------------------- checkpoints
 
 
-@every("adapter", [n for n in plugins.names("adapters") if n != "full"] + LORAS[1:3] + ["memory:rank=2"])
+@every("adapter", [n for n in plugins.names("adapters") if n != "full"] + LORAS[1:3] + ["memory:rank=2", "summary:who=both"])
 def test_saved_and_loaded(adapter, base, tmp_path):
     model, _ = load(base(), **how(adapter), attn="window:window=9", dtype="float32")
     save(moved(model), tmp_path / "adapted", tmp_path / "base")
@@ -536,6 +539,7 @@ def edit(folder, **changes):
     "adapter, spoil, says",
     [
         ("prefix", lambda f: None, "cannot be merged into them"),
+        ("summary", lambda f: None, "works on summary vectors alone"),
         ("lora", lambda f: shutil.rmtree(f.parent / "base"), "names a base that cannot be had"),
         ("lora", lambda f: edit(f, peft_type="IA3"), "LORA can be merged"),
         ("lora", lambda f: edit(f, rank_pattern={"q_proj": 2}), "rank_pattern"),
@@ -548,7 +552,7 @@ def edit(folder, **changes):
     ids=str,
 )
 def test_what_cannot_be_merged_is_refused(adapter, spoil, says, base, tmp_path):
-    model, _ = load(base(), adapter=adapter)
+    model, _ = load(base(), **how(adapter))
     save(model, tmp_path / "adapted", tmp_path / "base")
     spoil(tmp_path / "adapted")
     with pytest.raises(Refused, match=says):

@@ -15,7 +15,7 @@ if not kernels.TRITON:
     pytest.skip("needs Triton, and CUDA or TRITON_INTERPRET=1", allow_module_level=True)
 
 from kernels import coded, frozen, frozen_triton
-from memory.quantised import numbers
+from kernels.codes import numbers
 
 T = 40
 WAYS = {

@@ -506,7 +506,7 @@ def test_a_share_of_an_unknown_length_is_refused():
 @every("bits, channels", [(8, 32), (4, 8), (4, 32)])
 def test_codes_are_what_the_formula_says(bits, channels):
     """Q(x) = round((x - z) / s), in float64 up to the float16 of s and z; what comes back is within half a step."""
-    from memory.quantised import decode, encode
+    from kernels.codes import decode, encode
 
     x = np.random.default_rng(0).normal(size=(2, 3, 5, 64)).astype("float32")
     x[..., 7] *= 50

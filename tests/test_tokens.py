@@ -15,9 +15,10 @@ from model import Config, Llama, load, save
 SPEC = "tokens:size=3,closed=false"
 
 
-def by_the_paper(model, plain, tokens, n, pile=None):
+def by_the_paper(model, plain, tokens, n, pile=None, near=False):
     """[H_read ; X ; H_write] through the layers of a model without memory, H being what the last layer made of H_write before. pile: what
-    was made of it in the last so many segments is read, and what is written is always the same."""
+    was made of it in the last so many segments is read, and what is written is always the same. near: what is read stands side by side
+    right before the segment."""
     B, T, m = *tokens.shape, model.around.size
     read, at, out = [], 0, []
     first = ops.expand(model.around.vectors.weight[None], (B, m, model.config.hidden_size))
@@ -26,7 +27,8 @@ def by_the_paper(model, plain, tokens, n, pile=None):
         x = plain.model.embed_tokens(ops.array(tokens[:, i : i + n]))
         x = ops.cat([h for h, _ in read] + [x, first if pile or not read else read[-1][0]], 1)
         length = tokens[:, i : i + n].shape[1] + m
-        pos = np.concatenate([np.arange(p, p + m) for _, p in read] + [np.arange(at, at + length)])
+        before = [np.arange(at - m * len(read), at)] if near else [np.arange(p, p + m) for _, p in read]
+        pos = np.concatenate([*before, np.arange(at, at + length)])
         pos = ops.expand(ops.array(pos.astype("int32"))[None, None], (B, 1, len(pos)))
         y, _ = plain.model(x, Places(pos), None, False, plain.start()["layers"])
         out.append(ops.numpy(plain.head(y[:, len(read) * m : -m])))
@@ -48,16 +50,23 @@ def test_it_is_the_papers_concatenation(pos):
     assert apart(got, fewer) > 1e-2
 
 
+@pytest.mark.parametrize("pos", ["rope", "dynamic"])
+@pytest.mark.parametrize("positions", ["near", "absolute"])
 @pytest.mark.parametrize("chunks", [9, 2])
-def test_summaries_pile_up(chunks):
-    model, plain, tokens = tiny(memory=f"summary:k=3,chunks={chunks},closed=false"), tiny(), text(36, 2)
+def test_summaries_pile_up(chunks, positions, pos):
+    spec = f"summary:k=3,chunks={chunks},closed=false,positions={positions}"
+    model, plain, tokens = tiny(pos=pos, memory=spec), tiny(pos=pos), text(36, 2)
+    near = positions == "near"
     with ops.no_grad():
-        want, fewer = by_the_paper(model, plain, tokens, 8, chunks), by_the_paper(model, plain, tokens, 8, 1)
+        want, fewer = (by_the_paper(model, plain, tokens, 8, pile, near) for pile in (chunks, 1))
+        other = by_the_paper(model, plain, tokens, 8, chunks, not near)
     got = run(model, tokens, whole(36, 8))
     # a summary that has left was still read by those that came after it, here as in the paper's recurrence
     n = 8 * (chunks + 1)
     assert apart(got[:, :n], want[:, :n]) < 1e-4
     assert apart(got, fewer) > 1e-2
+    # control: where they stand matters
+    assert apart(got, other) > 1e-2
 
 
 @pytest.mark.parametrize("keep", ["none", "xl", "window", "snapkv"])

@@ -1,0 +1,138 @@
+"""Are summaries worth reading? A model's loss on held-out text by the number of chunks before it, with their summaries and without.
+
+    python runs/summarise.py --data NOVELS --valid OTHERS --plot docs/summarise.png      # a GPU, minutes
+    python runs/summarise.py --quick                                                     # a minute on a CPU: shows that all works
+
+Protocol. train.py --adapter summary trains the vectors and their LoRA on rows of some chunks, once for each of --positions. Held-out rows
+of more chunks are then read three ways: by the trained model with the summaries of all chunks before; by the same model, each chunk by
+itself; and by the base with full attention, as far as the context that it was made for goes. The same tokens are predicted each time, and
+their mean loss in nats is given for each chunk of the row.
+
+Claimed: the loss of a chunk falls with the summaries before it (Chevalier et al. 2023, arXiv:2305.14788).
+"""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli
+import errors
+import rundir
+import train
+from bench import common
+from errors import Refused
+from runs import lengths
+
+SIZES = {"chunk": 512, "chunks": 8, "beyond": 16, "k": 32, "rank": 16, "batch": 8, "steps": 120, "rows": 16, "lr": 1e-3}
+QUICK = {"chunk": 64, "chunks": 3, "beyond": 5, "k": 8, "batch": 2, "steps": 6, "rows": 2}
+COLORS = {"none": "#d1495b", "near": "#4c78a8", "absolute": "#59a14f"}
+
+
+def by_chunk(model, rows, chunk, together):
+    """The mean loss of each chunk of the rows, [chunks]; together: does each know of those before it?"""
+    import ops
+
+    found = []
+    for row in rows:
+        state, losses = None, []
+        for i in range(0, len(row) - 1, chunk):
+            x, y = (ops.array(row[None, i + j : i + j + chunk].astype("int32")) for j in (0, 1))
+            with ops.no_grad():
+                state = state if together and state else model.start(read=len(row))
+                loss, state = model(x, state, targets=y)
+            losses.append(float(ops.numpy(loss.mean())))
+        found.append(losses)
+    return np.mean(found, 0).tolist()
+
+
+def held_out(args, tokenizer, n):
+    """Rows [rows, n + 1] of the held-out texts."""
+    paths = args.valid or list(train.data.split(train.data.default_corpus())[1])
+    rows = [tokens[i : i + n + 1] for _, tokens in lengths.texts(paths, tokenizer, n, n * args.rows) for i in range(0, len(tokens) - n, n)]
+    # from all of the texts
+    return [np.asarray(rows[i]) for i in np.linspace(0, len(rows) - 1, min(args.rows, len(rows))).astype(int)]
+
+
+def learn(positions, folder, args):
+    """Train, and return (the checkpoint's folder, seconds)."""
+    out, start = args.models.absolute() / positions, time.perf_counter()
+    shutil.rmtree(out, ignore_errors=True)
+    memory = f"summary:k={args.k},chunk={args.chunk},chunks={args.beyond},positions={positions}"
+    flags = {"model": folder, "out": out, "memory": memory, "adapter": f"summary:rank={args.rank}", "length": args.chunk * args.chunks}
+    flags |= {"batch": args.batch, "micro": args.batch, "steps": args.steps, "warmup": max(1, args.steps // 10), "lr": args.lr}
+    flags |= {"eval-every": args.steps, "valid-rows": 1, "keep": 1, "seed": args.seed}
+    flags |= {k: getattr(args, k) for k in ("backend", "device", "dtype") if getattr(args, k)}
+    files = [x for k in ("data", "valid") if getattr(args, k) for x in (f"--{k}", *getattr(args, k))]
+    if status := train.main([x for k, v in flags.items() for x in (f"--{k}", str(v))] + files):
+        raise Refused(f"positions={positions}: training ended with {status}")
+    return rundir.checkpoints(out)[-1], round(time.perf_counter() - start, 1)
+
+
+def table(r):
+    n = r["settings"]["beyond"]
+    lines = ["| chunks before | " + " | ".join(map(str, range(n))) + " |", "|---" * (n + 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join([row["label"], *(f"{x:.3f}" for x in row["loss"])]) + " |" for row in r["rows"]])
+
+
+def picture(r, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    ax = figure.subplots()
+    for row in r["rows"]:
+        color = COLORS.get(row.get("positions"), "black")
+        ax.plot(row["loss"], "--" if "alone" in row["label"] else "o-", color=color, markersize=3, label=row["label"])
+    ax.axvline(r["settings"]["chunks"] - 0.5, color="black", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="chunks before (dotted: as many as in training)", ylabel="loss (nats a token)")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cli.write(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
+
+
+def main(argv=None):
+    p = lengths.parser(__doc__)
+    p.add_argument("--model", metavar="FOLDER", help="the base (default: SmolLM2-135M-Instruct)")
+    p.add_argument("--data", nargs="+", metavar="PATH", help="texts to train on (default: Python's own library)")
+    p.add_argument("--valid", nargs="+", metavar="PATH", help="held-out texts")
+    p.add_argument("--positions", nargs="+", choices=list(COLORS), default=None, help="default: all; with --quick none alone")
+    p.add_argument("--models", type=Path, default=Path("out") / "summarise", metavar="FOLDER", help="what is left of the runs")
+    p.add_argument("--quick", action="store_true", help="few rows, few steps")
+    for k, default in SIZES.items():
+        p.add_argument(f"--{k}", type=float if k == "lr" else cli.whole, help=f"default {default:g}")
+    args = p.parse_args(argv)
+    if args.table:
+        return lengths.from_table(args, table, picture)
+    for k, default in (SIZES | (QUICK if args.quick else {})).items():
+        setattr(args, k, getattr(args, k) or default)
+    train.use_backend(args.backend)
+    from model import load
+
+    folder = cli.model_folder(args).absolute()
+    base, tokenizer = load(folder, dtype=args.dtype, device=args.device)
+    rows, most = held_out(args, tokenizer, args.chunk * args.beyond), base.config.max_position_embeddings // args.chunk
+    result = {"machine": common.machine(), "command": lengths.command(__file__), "protocol": lengths.protocol(__doc__)}
+    result |= {"model": folder.name, "settings": {k: getattr(args, k) for k in (*SIZES, "seed")}, "held_out_rows": len(rows), "rows": []}
+    keep = lengths.keeper(args.out / f"{args.name or ('summarise-quick' if args.quick else 'summarise')}.json", result)
+    read = lambda model, together: by_chunk(model, [row[: min(most, args.beyond) * args.chunk + 1] for row in rows], args.chunk, together)
+    result["rows"].append({"label": "base, full attention", "loss": read(base, True)})
+    del base
+    for positions in args.positions or (["none"] if args.quick else list(COLORS)):
+        trained, seconds = learn(positions, folder, args)
+        model, _ = load(trained, dtype=args.dtype, device=args.device)
+        for label, together in (("summaries", True), ("alone", False)):
+            row = {"label": f"{label}, positions={positions}", "positions": positions, "seconds": seconds}
+            result["rows"].append({**row, "loss": by_chunk(model, rows, args.chunk, together)})
+        keep()
+    print(table(result))
+    if args.plot:
+        picture(result, args.plot)
+
+
+if __name__ == "__main__":
+    errors.main(main)
