@@ -236,6 +236,7 @@ class Decoder(Module):
         self.positions = ModuleList([])
         self.feel(c)
         self.run = ops.call  # how a block is called: compiled, or recomputed in the backward pass (ops.fast_call, ops.checkpoint)
+        self.together = 1  # so many blocks are called at once, and recomputed together
 
     def feel(self, c):
         """Let the layers feel distance as c.pos says; a scheme that was there before keeps its weights."""
@@ -265,10 +266,22 @@ class Decoder(Module):
             if p.felt not in turns:
                 turns[p.felt] = p.turn(at, begin)
         segments = [Segment(at, begin, p, turns[p.felt], p.bias(), close, vectors, reading) for p in self.positions]
-        for block, i, s in zip(self.layers, self.feels, states):
-            x, s = self.run(block, x, segments[i], s)
-            after.append(s)
+        layers = list(zip(self.layers, [segments[i] for i in self.feels], states))
+        for i in range(0, len(layers), self.together):
+            (block, seg, s), *more = layers[i : i + self.together]
+            # alone it is called as it is: a compiler knows it again
+            x, *s = self.run(through, x, layers[i : i + self.together]) if more else self.run(block, x, seg, s)
+            after += s
         return x, after
+
+
+def through(x, layers):
+    """x through blocks in turn, layers being (block, its Segment, its state) -> x and their states."""
+    after = []
+    for block, seg, s in layers:
+        x, s = block(x, seg, s)
+        after.append(s)
+    return x, *after
 
 
 class Llama(Module):
@@ -573,9 +586,9 @@ def adapter_files(folder, config):
     return [f for f in [weights] if f.is_file()] + own_file(folder)
 
 
-def read(path):
+def read(path, host=False):
     try:
-        return ops.read_safetensors(path)
+        return ops.read_safetensors(path, host)
     except Exception as no:
         raise Refused(f"{path} is not a readable safetensors file: {no}") from None
 

@@ -41,18 +41,19 @@ from errors import Refused
 # micro * length (of one block with --checkpoint, else of all), logits with --loss-chunk * vocabulary.
 DEFAULTS = {
     # two cores train a 135M model on about 80 tokens a second: five to ten minutes
-    "cpu": {"length": 2048, "batch": 1, "steps": 12, "warmup": 2, "valid_rows": 2, "checkpoint": False},
+    "cpu": {"length": 2048, "batch": 1, "steps": 12, "warmup": 2, "valid_rows": 2, "checkpoint": 0},
     # MLX's fused attention has no fused backward: scores of one block, growing with length * length, must fit
-    "mac": {"length": 4096, "batch": 4, "steps": 100, "warmup": 10, "valid_rows": 8, "checkpoint": True},
-    "cuda": {"length": 8192, "batch": 8, "steps": 200, "warmup": 20, "valid_rows": 16, "checkpoint": True},
+    "mac": {"length": 4096, "batch": 4, "steps": 100, "warmup": 10, "valid_rows": 8, "checkpoint": 1},
+    "cuda": {"length": 8192, "batch": 8, "steps": 200, "warmup": 20, "valid_rows": 16, "checkpoint": 1},
 }
 COMMON = {"micro": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "keep": 2, "offload": False}
-COMMON |= {"loss_chunk": 2048, "upsample": 1, "rewarm": 0}
+COMMON |= {"loss_chunk": 2048, "upsample": 1, "rewarm": 0, "checkpoint_offload": False, "optimizer_offload": False}
 UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "adapter", "device", "dtype", "segment", "bptt", "lr", "min_lr")
 UNSET += ("eval_every", "save_every", "out", "mlp_tile", "curriculum", "stages")
 POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk", "upsample")
 # what a resumed run may change: nothing that moves its losses
 FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload", "loss_chunk", "mlp_tile"}
+FREE |= {"checkpoint", "checkpoint_offload", "optimizer_offload"}
 
 
 # tokenised texts, used again by every run
@@ -93,7 +94,19 @@ def parse(argv=None):
     p.add_argument("--weight-decay", type=float)
     p.add_argument("--clip", type=float, help="largest norm of a step's gradient")
     p.add_argument("--seed", type=int)
-    p.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, a third slower")
+    p.add_argument(
+        "--checkpoint",
+        nargs="?",
+        const=1,
+        type=cli.whole,
+        metavar="N",
+        help="recompute activations, N blocks at a time (default 1), a third slower",
+    )
+    p.add_argument("--no-checkpoint", dest="checkpoint", action="store_const", const=0)
+    p.add_argument(
+        "--checkpoint-offload", action=argparse.BooleanOptionalAction, help="what recomputing starts from waits in the host's memory"
+    )
+    p.add_argument("--optimizer-offload", action=argparse.BooleanOptionalAction, help="AdamW's averages wait in the host's memory")
     p.add_argument("--loss-chunk", type=cli.whole, metavar="TOKENS", help="logits of so many tokens exist at once (default 2048)")
     p.add_argument(
         "--mlp-tile", type=cli.whole, metavar="TOKENS", help="an MLP takes so many tokens at once: less memory, a third forward of it"
@@ -154,6 +167,9 @@ def settle(given):
         raise Refused(f"--batch {a['batch']} is no multiple of --micro {a['micro']}: choose a --micro that divides it")
     if a["mlp_tile"] is not None and a["mlp_tile"] < 1:
         raise Refused(f"--mlp-tile {a['mlp_tile']} is not possible: it must be above 0")
+    if a["checkpoint"] < 0 or (a["checkpoint_offload"] and not a["checkpoint"]):
+        why = "--checkpoint-offload is about what --checkpoint keeps: give that too"
+        raise Refused(why if a["checkpoint_offload"] else f"--checkpoint {a['checkpoint']} is not possible: it must be above 0")
     if a["segment"] is None and (a["bptt"] is not None or a["offload"]):
         raise Refused(f"--{'offload' if a['offload'] else 'bptt'} is about the boundaries between segments: give --segment too")
     if a["rewarm"] and not a["curriculum"]:
@@ -242,7 +258,8 @@ def build(a, config, source, fresh):
         model, tokenizer = llama.load(source, a.attn, config.pos, a.memory, a.adapter, "float32", a.device)
     if tokenizer.vocab_size > config.vocab_size:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} tokens, but the config's vocab_size is {config.vocab_size}")
-    model.dtype, model.model.run, model.chunk = llama.as_dtype(a.dtype), ops.checkpoint if a.checkpoint else ops.call, a.loss_chunk
+    model.dtype, model.chunk, model.model.together = llama.as_dtype(a.dtype), a.loss_chunk, int(a.checkpoint) or 1
+    model.model.run = (ops.checkpoint_offloaded if a.checkpoint_offload else ops.checkpoint) if a.checkpoint else ops.call
     for block in model.model.layers:
         block.tile = a.mlp_tile
     named, observers = ops.parameters(model), tuple(model.observers())
@@ -347,7 +364,7 @@ def train(a, saved):
     model, tokenizer = build(a, llama.dataclasses.replace(config, pos=stage.pos), source, fresh)
     corpus, held_out, draws = corpora(a, tokenizer)
     batches = data.Batches(corpus, stage.batch, stage.length, a.seed, draws=draws)
-    optimizer = ops.AdamW(model, (0.9, 0.95), 1e-8, a.weight_decay)
+    optimizer = ops.AdamW(model, (0.9, 0.95), 1e-8, a.weight_decay, a.optimizer_offload)
     state |= {"tokenizer": tokenizer.fingerprint, "arguments": vars(a)}
     if not fresh:
         if saved["tokenizer"] != tokenizer.fingerprint:
@@ -421,7 +438,7 @@ def write(model, optimizer, folder, source):
 
 
 def restore(optimizer, path):
-    arrays = llama.read(path)
+    arrays = llama.read(path, optimizer.offload)
     ops.wait(arrays)
     optimizer.restore(arrays)
     ops.restore_random({k.removeprefix("random."): x for k, x in arrays.items() if k.startswith("random.")})

@@ -370,8 +370,8 @@ def no_grad():
     return contextlib.nullcontext()
 
 
-def read_safetensors(path):
-    """name -> array, on the device in use."""
+def read_safetensors(path, host=False):
+    """name -> array, on the device in use, or in the host's memory, which is the same."""
     return mx.load(str(path), format="safetensors")
 
 
@@ -404,6 +404,11 @@ def checkpoint(module, x, *rest):
             swap_in(before)
 
     return mx.checkpoint(again)([owner.trainable_parameters() for owner in owners], x, arrays)
+
+
+def checkpoint_offloaded(module, x, *rest):
+    """The same, x waiting in the host's memory: MLX has one memory for host and device."""
+    return checkpoint(module, x, *rest)
 
 
 def recomputed(f, *arrays):
@@ -449,12 +454,15 @@ def global_norm(arrays):
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only, a column being none."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only, a column being none.
 
-    def __init__(self, model, betas, eps, weight_decay):
+    offload: changes nothing, for MLX has one memory for host and device.
+    """
+
+    def __init__(self, model, betas, eps, weight_decay, offload=False):
         named = dict(tree_flatten(model.trainable_parameters()))
         adamw = lambda decay: mlx.optimizers.AdamW(0.0, list(betas), eps, decay, bias_correction=True)
-        self.model, self.groups = model, []
+        self.model, self.groups, self.offload = model, [], offload
         for decays, decay in ((True, weight_decay), (False, 0.0)):
             mine = {n: p for n, p in named.items() if (p.ndim > 1 and min(p.shape) > 1) == decays}
             self.groups.append((list(mine), adamw(decay)))
