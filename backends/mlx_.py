@@ -53,6 +53,12 @@ def reset_peak():
     return mx.get_active_memory()
 
 
+def free_memory():
+    """Bytes of the device that arrays may take; None where it has no memory of its own."""
+    said = mx.device_info() if on_gpu() else {}
+    return said.get("max_recommended_working_set_size") or said.get("free_memory") or said.get("memory_size")
+
+
 def wait(*trees):
     """Return when these trees of arrays are computed."""
     mx.eval(*trees)

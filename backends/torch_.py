@@ -67,6 +67,11 @@ def reset_peak():
         return torch.cuda.memory_allocated()
 
 
+def free_memory():
+    """Bytes of the device that arrays may take; None where it has no memory of its own."""
+    return torch.cuda.mem_get_info(device())[0] if device().type == "cuda" else None
+
+
 def wait(*trees):
     """Return when everything asked for so far is computed."""
     if device().type == "cuda":

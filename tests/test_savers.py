@@ -68,7 +68,7 @@ def test_an_optimizer_on_the_host_steps_alike(adapter):
     same(found[True], found[False])
 
 
-def test_a_run_goes_on_with_other_savers(world, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_other_savers(world, tmp_path, monkeypatch):  # noqa: F811
     """To the bit, as it would have without them: killed in its third step, and resumed with averages and inputs on the host."""
     how, real, done = {"steps": 4, "save-every": 2, "eval-every": 2}, train.train_step, []
     assert train.main(args(world, tmp_path / "whole", **how)) == 0
@@ -88,5 +88,5 @@ def test_a_run_goes_on_with_other_savers(world, tmp_path, monkeypatch):
     "flags, why",
     [(["--checkpoint", "-1"], "must be above 0"), (["--no-checkpoint", "--checkpoint-offload"], "give that too")],
 )
-def test_what_cannot_be(world, tmp_path, monkeypatch, capsys, flags, why):
+def test_what_cannot_be(flags, why, world, tmp_path, monkeypatch, capsys):  # noqa: F811
     assert why in refusal([*args(world, tmp_path / "run"), *flags], monkeypatch, capsys)
