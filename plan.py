@@ -8,8 +8,8 @@
     loss          logits of a chunk, three times in float32: their softmax, and two gradients
     boundaries    with --segment: states that wait at the boundaries; the one at work and the gradients handed through it
 
-The peak is the largest of a few moments: the loss, the last block's backward pass, the first one's (all gradients are there), the
-optimizer's step, and loading. What a device's libraries take for themselves stands under `room`.
+The peak is the largest of a few moments: the loss, the last block's backward pass, the first one's (all gradients are there), and the
+optimizer's step. A state is counted as the keys and values of its slots.
 
 Pure Python, no framework: sizes come from the config and from a model without weights. bench/plan.py measures how near this comes.
 """
@@ -88,7 +88,10 @@ def plan(m, a, how):
     mine, frozen = m.size("", trained=True), m.size("", trained=False)
     away = lambda flag: flag and how.gpu
 
-    weights = 4 * mine + act * (frozen + (beside(m) if fused else 0))
+    # under --base-bits matrices are codes with a scale and a least number for each 64, and one layer's are there as numbers
+    bits, matrices = getattr(c, "base_bits", 16), m.size("_proj.weight", trained=False)
+    coded = matrices * (act - bits / 8 - 2 * act / 64) - act * matrices / L if bits < 16 else 0
+    weights = 4 * mine + act * (frozen + (beside(m) if fused else 0)) - int(coded)
     adam = max((8 * math.prod(m.shapes[n]) for n in m.trains), default=0) if away(a.optimizer_offload) else 8 * mine
     host = {"optimizer": 8 * mine if away(a.optimizer_offload) else 0}
     resting = {"weights": weights, "optimizer": 0 if away(a.optimizer_offload) else adam, "kernels": KERNELS if how.gpu else 0}
@@ -120,7 +123,6 @@ def plan(m, a, how):
         "last block": {**resting, "gradients": first, "activations": activations, "block": block},
         "first block": {**resting, "gradients": gradients, "activations": x if a.checkpoint else blocks[0], "block": block},
         "optimizer": {**resting, "gradients": gradients, "optimizer": adam},
-        "loading": {"weights": 4 * (mine + frozen), "kernels": resting["kernels"], "cast": act * frozen},
     }
     return Plan(moments, {k: v for k, v in host.items() if v})
 

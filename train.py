@@ -255,19 +255,18 @@ def look(config):
     """The function that gives the memory plan of arguments, for a model of this Config."""
 
     @functools.cache
-    def sized(memory, adapter):
+    def sized(**given):
         with ops.shapes_only():
-            model = llama.Llama(llama.dataclasses.replace(config, memory=memory, adapter=adapter))
+            model = llama.Llama(llama.dataclasses.replace(config, **given))
         named, observers = ops.parameters(model), tuple(model.observers())
         trains = frozenset(n for n in named if model.trains(n) and not n.startswith(observers))
         slots = [block.self_attn.memory.size for block in model.model.layers]
-        return plan.Model(config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots)
+        return plan.Model(model.config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots)
 
     def of(a):
-        how = plan.How(
-            2 if llama.as_dtype(a.dtype) != ops.float32 else 4, ops.on_gpu(), ops.BACKEND == "mlx", frozen.TRITON and ops.on_gpu()
-        )
-        m = sized(a.memory or config.memory, a.adapter)
+        act = 4 if llama.as_dtype(a.dtype) == ops.float32 else 2
+        how = plan.How(act, ops.on_gpu(), ops.BACKEND == "mlx", frozen.TRITON and ops.on_gpu())
+        m = sized(**{k: getattr(a, k) for k in ("memory", "adapter", "base_bits") if getattr(a, k, None)})
         return max((plan.plan(m, stage.of(a), how) for stage in a.stages), key=lambda p: p.peak)
 
     return of
@@ -312,8 +311,7 @@ def reach(model, a):
 
 
 def build(a, config, source, fresh):
-    """(model, tokenizer), ready to train: what trains in float32, what is frozen in the dtype of the activations. Distance is felt as
-    the config says."""
+    """(model, tokenizer), ready to train. Distance is felt as the config says."""
     if fresh and a.init:
         with ops.shapes_only():
             model = llama.Llama(config)
@@ -322,6 +320,11 @@ def build(a, config, source, fresh):
         model, tokenizer = llama.load(source, a.attn, config.pos, a.memory, a.adapter, "float32", a.device)
     if tokenizer.vocab_size > config.vocab_size:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} tokens, but the config's vocab_size is {config.vocab_size}")
+    return prepare(model, a), tokenizer
+
+
+def prepare(model, a):
+    """The model, ready to train: what trains as it is, in float32, what is frozen in the dtype of the activations."""
     model.dtype, model.chunk, model.model.together = llama.as_dtype(a.dtype), a.loss_chunk, int(a.checkpoint) or 1
     model.model.run = (ops.checkpoint_offloaded if a.checkpoint_offload else ops.checkpoint) if a.checkpoint else ops.call
     for block in model.model.layers:
@@ -335,7 +338,7 @@ def build(a, config, source, fresh):
     frozen.use(model)
     # read now: a checkpoint that is read lazily may be pruned before its first use
     ops.wait(ops.parameters(model))
-    return model, tokenizer
+    return model
 
 
 def corpora(a, tokenizer):

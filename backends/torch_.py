@@ -558,6 +558,8 @@ class AdamW:
             inner.step()
             inner.zero_grad(set_to_none=True)
             self.move(inner, _pinned)
+        # a fused step leaves no trace in the version of what it changes, by which kernels/frozen.py knows
+        torch.autograd.graph.increment_version(list(self.named.values()))
 
     def move(self, inner, to):
         for state in inner.state.values() if self.offload else ():

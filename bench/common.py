@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# an 8B-shaped Llama (Llama 3.1 8B's sizes), and a tiny one to try a script with
+# the sizes of Llama 3.1 8B and of Llama 3.2 1B, and a tiny one to try a script with
 SHAPES = {
     "8b": {
         "vocab_size": 128256,
@@ -22,6 +22,18 @@ SHAPES = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "max_position_embeddings": 131072,
+    },
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
     },
     "tiny": {
         "vocab_size": 512,
@@ -61,7 +73,7 @@ def remember(model, spec):
 def machine():
     """The device and the versions that a figure belongs to."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "triton", "mlx", "transformers", "mlx-lm", "kvpress"):
+    for package in ("torch", "triton", "mlx", "transformers", "peft", "mlx-lm", "kvpress"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -116,7 +116,11 @@ class Memory(Module):
         if self.late(seg):
             # a text's first segment sees itself alone
             k = seg.keys(k, None if isinstance(s["n"], int) and s["n"] == q.shape[2] else used["pos"])
-        return k, v, Places(used["pos"], used["first"], s.get("solid", False) and isinstance(s["n"], int))
+        return k, v, Places(used["pos"], self.row(seg, used), s.get("solid", False) and isinstance(s["n"], int))
+
+    def row(self, seg, s):
+        """The position of slot 0 if attention may take the slots in use for consecutive ones, else None."""
+        return s["first"]
 
     def how(self, seg):
         """What attend() is told beside the rule."""

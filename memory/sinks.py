@@ -43,11 +43,10 @@ class Memory(Base):
         since = s["born"] - (0 if seg.begin is None else seg.begin[..., -1:])
         return ops.where(since < self.o.sinks, 1e9 - ops.cast(since, ops.float32), ops.cast(s["pos"], ops.float32))
 
-    def seen(self, attn, q, seg, s):
-        k, v, slots = super().seen(attn, q, seg, s)
+    def row(self, seg, s):
         plain = seg.begin is None and seg.bias is None
         # sinks that stand elsewhere are exempt from the rule, and nothing else asks where
-        return k, v, slots if plain or self.o.kv_positions == "reindex" else slots._replace(first=None)
+        return super().row(seg, s) if plain or self.o.kv_positions == "reindex" else None
 
     def stays(self, n):
         at = np.arange(n)

@@ -44,11 +44,11 @@ def step(model, segment=None, begin=None):
     return out[0].item(), grads
 
 
-def same(got, want, close=2e-5):
+def same(got, want, close=5e-5):
     (loss, grads), (loss_, grads_) = got, want
     assert abs(loss - loss_) < 1e-4 * abs(loss_) and grads.keys() == grads_.keys()
     for name, g in grads_.items():
-        assert apart(grads[name], g) < close, name
+        assert apart(ops.numpy(grads[name]), ops.numpy(g)) < close, name
     assert sum(float(abs(g).sum()) > 0 for g in grads_.values()) > len(grads_) / 2
 
 
@@ -101,6 +101,6 @@ def test_the_weights_are_where_they_were():
     plain, fused = ready("lora"), ready("lora")
     frozen.use(fused)
     before, after = ops.parameters(plain), ops.parameters(fused)
-    assert before.keys() == after.keys() and all(apart(after[n], x) == 0 for n, x in before.items())
+    assert before.keys() == after.keys() and all(apart(ops.numpy(after[n]), ops.numpy(x)) == 0 for n, x in before.items())
     attn = fused.model.layers[0].self_attn
     assert attn.q_proj.weight.untyped_storage().data_ptr() == attn.k_proj.weight.untyped_storage().data_ptr(), "one matrix in memory"
