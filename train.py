@@ -257,19 +257,26 @@ def look(config):
     @functools.cache
     def sized(**given):
         with ops.shapes_only():
-            model = llama.Llama(llama.dataclasses.replace(config, **given))
-        named, observers = ops.parameters(model), tuple(model.observers())
-        trains = frozenset(n for n in named if model.trains(n) and not n.startswith(observers))
-        slots = [block.self_attn.memory.size for block in model.model.layers]
-        return plan.Model(model.config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots)
+            return sizes_of(llama.Llama(llama.dataclasses.replace(config, **given)))
 
     def of(a):
-        act = 4 if llama.as_dtype(a.dtype) == ops.float32 else 2
-        how = plan.How(act, ops.on_gpu(), ops.BACKEND == "mlx", frozen.TRITON and ops.on_gpu())
         m = sized(**{k: getattr(a, k) for k in ("memory", "adapter", "base_bits") if getattr(a, k, None)})
-        return max((plan.plan(m, stage.of(a), how) for stage in a.stages), key=lambda p: p.peak)
+        return max((plan.plan(m, stage.of(a), runs_how(a)) for stage in a.stages), key=lambda p: p.peak)
 
     return of
+
+
+def sizes_of(model):
+    """The model as plan.py wants it; it may be one of shapes alone."""
+    named, observers = ops.parameters(model), tuple(model.observers())
+    trains = frozenset(n for n in named if model.trains(n) and not n.startswith(observers))
+    slots = [block.self_attn.memory.size for block in model.model.layers]
+    return plan.Model(model.config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots)
+
+
+def runs_how(a):
+    act = 4 if llama.as_dtype(a.dtype) == ops.float32 else 2
+    return plan.How(act, ops.on_gpu(), ops.BACKEND == "mlx", frozen.TRITON and ops.on_gpu())
 
 
 def check_memory(a, config):
