@@ -22,12 +22,13 @@ GIB = 2**30
 
 class Model(NamedTuple):
     """A model by its sizes. c: Config; shapes: name -> shape; trains: the names that take gradients; slots: how many tokens the memory of
-    each layer keeps at a boundary, None being all."""
+    each layer keeps at a boundary, None being all; whole: whether a layer sees everything."""
 
     c: Any
     shapes: dict
     trains: frozenset
     slots: list
+    whole: list
 
     def size(self, *within, trained=None):
         """Numbers in the parameters whose names hold one of these parts."""
@@ -105,13 +106,15 @@ def plan(m, a, how):
     resting |= {"boundaries": (1 if away(a.offload) else waiting) * state if waiting else 0}
     resting |= {"handed": (act + 4) * state // act if waiting else 0}
 
-    blocks = [kept(m, how, a, T, n * a.micro, fused) for n in past]
+    # MLX has no fused backward pass: what is not sparse keeps its weights, and makes three arrays as large beside them
+    scores = [act * c.num_attention_heads * T * (S + n) * (how.mlx and everything) for n, everything in zip(past, m.whole)]
+    blocks = [kept(m, how, a, T, n * a.micro, fused) + s for n, s in zip(past, scores)]
     x = act * C * T
     group = sum(sorted(blocks)[-a.checkpoint :]) - x if a.checkpoint else 0
     inputs = -(-L // a.checkpoint) * x if a.checkpoint else 0
     host["activations"] = inputs if a.checkpoint and away(a.checkpoint_offload) else 0
     activations = (2 * x if host["activations"] else inputs) if a.checkpoint else sum(blocks)
-    block = group + x + inside(m, act, a, T, fused)
+    block = group + x + max(inside(m, act, a, T, fused), 3 * max(scores))
 
     head, n = ("lm_head." if m.size("lm_head.") else "embed_tokens."), min(T, a.loss_chunk)
     trained = m.size(head, trained=True)
@@ -214,7 +217,7 @@ def advice(a, look, room):
 
 def segment(a, look, room):
     """The longest segment, from 16k to 1k tokens, with which a step fits: a.segment and, if none does without, a.checkpoint."""
-    lengths = [n << 10 for n in (16, 8, 4, 2, 1) if n << 10 < a.length]
+    lengths = [n << 10 for n in (16, 8, 4, 2, 1) if n << 10 < a.length and n << 10 <= min(stage.length for stage in a.stages)]
     for n, checkpoint in (*((n, a.checkpoint) for n in lengths), *((n, 1) for n in lengths[-1:])):
         b = type(a)(**{**vars(a), "segment": n, "checkpoint": checkpoint})
         if room is None or look(b).peak <= room:

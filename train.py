@@ -183,6 +183,8 @@ def settle(given):
         raise Refused(f"--{'offload' if a['offload'] else 'bptt'} is about the boundaries between segments: give --segment too")
     if a["rewarm"] and not a["curriculum"]:
         raise Refused(f"--rewarm {a['rewarm']} is about the changes of a --curriculum: give that too")
+    if a["segment"] == "auto" and (a["length"] <= 1024 or min(stage.length for stage in a["stages"]) < 1024):
+        raise Refused("--segment auto chooses among 1k to 16k tokens, and rows are no longer than that: give longer rows, or a --segment")
     shortest = 1 if a["segment"] in (None, "auto") else a["segment"]
     if not 0 < shortest < max(2, a["length"]):
         raise Refused(f"--segment {shortest} is not possible: it must be above 0 and below --length {a['length']}")
@@ -271,7 +273,8 @@ def sizes_of(model):
     named, observers = ops.parameters(model), tuple(model.observers())
     trains = frozenset(n for n in named if model.trains(n) and not n.startswith(observers))
     slots = [block.self_attn.memory.size for block in model.model.layers]
-    return plan.Model(model.config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots)
+    whole = [block.self_attn.asked.name == "full" for block in model.model.layers]
+    return plan.Model(model.config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots, whole)
 
 
 def runs_how(a):
