@@ -554,14 +554,14 @@ class AdamW:
         for inner in self.inner:
             for group in inner.param_groups:
                 group["lr"] = lr
-            self.move(inner, to_device)
+            self._move(inner, to_device)
             inner.step()
             inner.zero_grad(set_to_none=True)
-            self.move(inner, _pinned)
+            self._move(inner, _pinned)
         # a fused step leaves no trace in the version of what it changes, by which kernels/frozen.py knows
         torch.autograd.graph.increment_version(list(self.named.values()))
 
-    def move(self, inner, to):
+    def _move(self, inner, to):
         for state in inner.state.values() if self.offload else ():
             state |= {k: to(state[k]) for k in ("exp_avg", "exp_avg_sq") if k in state}
 
@@ -576,7 +576,7 @@ class AdamW:
         for n, p in self.named.items():
             here = {k: arrays[f"{n}.{k}"] for k in ("exp_avg", "exp_avg_sq")}
             owner[p].state[p] = {**here, "step": arrays[f"{n}.step"].to(device() if self.fused else "cpu")}
-            self.move(owner[p], _pinned)
+            self._move(owner[p], _pinned)
 
 
 def _pinned(x):
