@@ -554,16 +554,12 @@ class AdamW:
         for inner in self.inner:
             for group in inner.param_groups:
                 group["lr"] = lr
-            self._move(inner, to_device)
+            _move(inner, to_device if self.offload else None)
             inner.step()
             inner.zero_grad(set_to_none=True)
-            self._move(inner, _pinned)
+            _move(inner, _pinned if self.offload else None)
         # a fused step leaves no trace in the version of what it changes, by which kernels/frozen.py knows
         torch.autograd.graph.increment_version(list(self.named.values()))
-
-    def _move(self, inner, to):
-        for state in inner.state.values() if self.offload else ():
-            state |= {k: to(state[k]) for k in ("exp_avg", "exp_avg_sq") if k in state}
 
     def state(self):
         """Flat name -> array, to be saved."""
@@ -576,7 +572,13 @@ class AdamW:
         for n, p in self.named.items():
             here = {k: arrays[f"{n}.{k}"] for k in ("exp_avg", "exp_avg_sq")}
             owner[p].state[p] = {**here, "step": arrays[f"{n}.step"].to(device() if self.fused else "cpu")}
-            self._move(owner[p], _pinned)
+            _move(owner[p], _pinned if self.offload else None)
+
+
+def _move(adam, to):
+    """AdamW's averages of every parameter, elsewhere; to None: they stay."""
+    for state in adam.state.values() if to else ():
+        state |= {k: to(state[k]) for k in ("exp_avg", "exp_avg_sq") if k in state}
 
 
 def _pinned(x):
