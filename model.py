@@ -13,6 +13,7 @@ distance is felt (positions/) and what is kept of the past (memory/) are mechani
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -241,6 +242,7 @@ class Decoder(Module):
         self.positions = ModuleList([])
         self.feel(c)
         self.run = ops.call  # how a block is called: compiled, or recomputed in the backward pass (ops.fast_call, ops.checkpoint)
+        self.together = 1  # so many blocks are called at once, and recomputed together
 
     def feel(self, c):
         """Let the layers feel distance as c.pos says; a scheme that was there before keeps its weights."""
@@ -272,10 +274,23 @@ class Decoder(Module):
                 turns[p.felt] = p.turn(at, begin)
         segments = [Segment(at, begin, p, turns[p.felt], p.bias(), close, vectors, reading) for p in self.positions]
         works = [(block,) for block in self.layers] if workers is None else zip(workers, self.layers)
-        for (work, *block), i, s in zip(works, self.feels, states):
-            x, s = self.run(work, x, segments[i], s, *block)
-            after.append(s)
+        # one after the other: who hands over the states may let each go when it is asked for
+        layers = zip(works, (segments[i] for i in self.feels), states)
+        while some := list(itertools.islice(layers, self.together)):
+            ((work, *block), seg, s), *more = some
+            # alone it is called as it is: a compiler knows it again
+            x, *s = self.run(through, x, some) if more else self.run(work, x, seg, s, *block)
+            after += s
         return x, after
+
+
+def through(x, layers):
+    """x through blocks in turn, layers being ((block, what else it is given...), its Segment, its state) -> x and their states."""
+    after = []
+    for (work, *block), seg, s in layers:
+        x, s = work(x, seg, s, *block)
+        after.append(s)
+    return x, *after
 
 
 class Llama(Module):
@@ -593,14 +608,14 @@ def adapter_files(folder, config):
     return [f for f in [weights] if f.is_file()] + own_file(folder)
 
 
-def read(path):
-    return dict(each(path))
+def read(path, host=False):
+    return dict(each(path, host))
 
 
-def each(path):
-    """(name, array) of a file, one after the other."""
+def each(path, host=False):
+    """(name, array) of a file, one after the other; host: in the host's memory."""
     try:
-        yield from ops.each_safetensor(path)
+        yield from ops.each_safetensor(path, host)
     except Exception as no:
         raise Refused(f"{path} is not a readable safetensors file: {no}") from None
 

@@ -15,6 +15,7 @@ Weights, gradients and AdamW's averages are float32, activations bfloat16 on a G
 
 import argparse
 import errno
+import functools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ import cli
 import curriculum
 import data
 import errors
+import plan
 import plugins
 import rundir
 from errors import Refused
@@ -42,18 +44,20 @@ from errors import Refused
 # micro * length (of one block with --checkpoint, else of all), logits with --loss-chunk * vocabulary.
 DEFAULTS = {
     # two cores train a 135M model on about 80 tokens a second: five to ten minutes
-    "cpu": {"length": 2048, "batch": 1, "steps": 12, "warmup": 2, "valid_rows": 2, "checkpoint": False},
+    "cpu": {"length": 2048, "batch": 1, "steps": 12, "warmup": 2, "valid_rows": 2, "checkpoint": 0},
     # MLX's fused attention has no fused backward: scores of one block, growing with length * length, must fit
-    "mac": {"length": 4096, "batch": 4, "steps": 100, "warmup": 10, "valid_rows": 8, "checkpoint": True},
-    "cuda": {"length": 8192, "batch": 8, "steps": 200, "warmup": 20, "valid_rows": 16, "checkpoint": True},
+    "mac": {"length": 4096, "batch": 4, "steps": 100, "warmup": 10, "valid_rows": 8, "checkpoint": 1},
+    "cuda": {"length": 8192, "batch": 8, "steps": 200, "warmup": 20, "valid_rows": 16, "checkpoint": 1},
 }
 COMMON = {"micro": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "keep": 2, "offload": False}
-COMMON |= {"loss_chunk": 2048, "upsample": 1, "rewarm": 0}
+COMMON |= {"loss_chunk": 2048, "upsample": 1, "rewarm": 0, "checkpoint_offload": False, "optimizer_offload": False}
+COMMON |= {"memory_plan": False}
 UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "adapter", "device", "dtype", "segment", "bptt", "lr", "min_lr")
 UNSET += ("base_bits", "eval_every", "save_every", "out", "mlp_tile", "curriculum", "stages")
 POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk", "upsample")
 # what a resumed run may change: nothing that moves its losses
 FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload", "loss_chunk", "mlp_tile"}
+FREE |= {"checkpoint", "checkpoint_offload", "optimizer_offload", "memory_plan"}
 
 
 # tokenised texts, used again by every run
@@ -81,7 +85,10 @@ def parse(argv=None):
     )
     p.add_argument("--rewarm", type=cli.whole, metavar="STEPS", help="steps of rising lr at each change of --curriculum (default 0)")
     p.add_argument(
-        "--segment", type=cli.whole, help="read a row in pieces of so many tokens, --memory carrying the past from one to the next"
+        "--segment",
+        type=lambda text: text if text == "auto" else cli.whole(text),
+        metavar="TOKENS|auto",
+        help="read a row in pieces of so many tokens, --memory carrying the past from one to the next; auto: as many as fit, 1k to 16k",
     )
     p.add_argument("--bptt", type=depth, metavar="K|all", help="boundaries between segments that gradients pass in a row (default: all)")
     p.add_argument("--offload", action=argparse.BooleanOptionalAction, help="what is kept at the boundaries waits in the host's memory")
@@ -94,11 +101,24 @@ def parse(argv=None):
     p.add_argument("--weight-decay", type=float)
     p.add_argument("--clip", type=float, help="largest norm of a step's gradient")
     p.add_argument("--seed", type=int)
-    p.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, a third slower")
+    p.add_argument(
+        "--checkpoint",
+        nargs="?",
+        const=1,
+        type=cli.whole,
+        metavar="N",
+        help="recompute activations, N blocks at a time (default 1), a third slower",
+    )
+    p.add_argument("--no-checkpoint", dest="checkpoint", action="store_const", const=0)
+    p.add_argument(
+        "--checkpoint-offload", action=argparse.BooleanOptionalAction, help="what recomputing starts from waits in the host's memory"
+    )
+    p.add_argument("--optimizer-offload", action=argparse.BooleanOptionalAction, help="AdamW's averages wait in the host's memory")
     p.add_argument("--loss-chunk", type=cli.whole, metavar="TOKENS", help="logits of so many tokens exist at once (default 2048)")
     p.add_argument(
         "--mlp-tile", type=cli.whole, metavar="TOKENS", help="an MLP takes so many tokens at once: less memory, a third forward of it"
     )
+    p.add_argument("--memory-plan", action="store_true", help="say what memory a step will take, part by part, and leave")
     p.add_argument("--eval-every", type=cli.whole, metavar="STEPS", help="default: a quarter of --steps")
     p.add_argument("--valid-rows", type=cli.whole, metavar="ROWS", help="held-out rows that a validation reads, always the same ones")
     p.add_argument("--save-every", type=cli.whole, metavar="STEPS", help="default: --eval-every")
@@ -132,6 +152,8 @@ def settle(given):
     kind = ops.use(given.get("device"))
     a = dict.fromkeys(UNSET) | COMMON | DEFAULTS[kind if kind == "cpu" else "cuda" if "cuda" in kind else "mac"]
     a |= given | {"backend": ops.BACKEND}
+    if a["segment"] == "auto":
+        a["checkpoint"] = given.get("checkpoint", 0)
     a["stages"] = curriculum.stages(a)
     for k, ours in (("length", a["stages"][-1].length), ("steps", a["stages"][-1].last)) if a["curriculum"] else ():
         if given.get(k, ours) != ours:
@@ -162,14 +184,20 @@ def settle(given):
         raise Refused(f"--batch {a['batch']} is no multiple of --micro {a['micro']}: choose a --micro that divides it")
     if a["mlp_tile"] is not None and a["mlp_tile"] < 1:
         raise Refused(f"--mlp-tile {a['mlp_tile']} is not possible: it must be above 0")
+    if a["checkpoint"] < 0 or (a["checkpoint_offload"] and not a["checkpoint"]):
+        why = "--checkpoint-offload is about what --checkpoint keeps: give that too"
+        raise Refused(why if a["checkpoint_offload"] else f"--checkpoint {a['checkpoint']} is not possible: it must be above 0")
     if a["segment"] is None and (a["bptt"] is not None or a["offload"]):
         raise Refused(f"--{'offload' if a['offload'] else 'bptt'} is about the boundaries between segments: give --segment too")
     if a["rewarm"] and not a["curriculum"]:
         raise Refused(f"--rewarm {a['rewarm']} is about the changes of a --curriculum: give that too")
-    if a["segment"] is not None and not 0 < a["segment"] < a["length"]:
-        raise Refused(f"--segment {a['segment']} is not possible: it must be above 0 and below --length {a['length']}")
-    if a["segment"] is not None and any(a["segment"] > stage.length for stage in a["stages"]):
-        raise Refused(f"--segment {a['segment']} is longer than rows of --curriculum {a['curriculum']}: the shortest may be one segment")
+    if a["segment"] == "auto" and (a["length"] <= 1024 or min(stage.length for stage in a["stages"]) < 1024):
+        raise Refused("--segment auto chooses among 1k to 16k tokens, and rows are no longer than that: give longer rows, or a --segment")
+    shortest = 1 if a["segment"] in (None, "auto") else a["segment"]
+    if not 0 < shortest < max(2, a["length"]):
+        raise Refused(f"--segment {shortest} is not possible: it must be above 0 and below --length {a['length']}")
+    if any(shortest > stage.length for stage in a["stages"]):
+        raise Refused(f"--segment {shortest} is longer than rows of --curriculum {a['curriculum']}: the shortest may be one segment")
     if a["dtype"] == "float16":
         raise Refused("--dtype float16 would lose small gradients: train in bfloat16 or float32")
     if a["base_bits"] in coded.BITS and adapter.name == "full":
@@ -211,8 +239,11 @@ def config_of(a, source):
             config = llama.Config.from_hf({"vocab_size": config.vocab_size, **json.loads(Path(a.init).read_text())})
         except (json.JSONDecodeError, TypeError, KeyError) as no:
             raise Refused(f"--init {a.init} is no config.json: {no}") from None
-    given = {k: getattr(a, k) for k in ("attn", "memory", "adapter", "base_bits", "segment")}
-    config = llama.dataclasses.replace(config, **{k: v for k, v in given.items() if v})
+    config = with_mechanisms(config, a)
+    if a.segment == "auto":
+        a.segment, a.checkpoint = plan.segment(a, look(config), ops.free_memory())
+        print(f"--segment auto: {a.segment} tokens" + ", recomputed too: not even 1024 fit without" * bool(a.checkpoint))
+    config = llama.dataclasses.replace(config, segment=a.segment or config.segment)
     pos = lambda stage: stage.pos or curriculum.stretched(a.pos or config.pos, stage.length, config)
     a.stages = [stage._replace(pos=pos(stage)) for stage in a.stages]
     for stage in a.stages:
@@ -226,6 +257,63 @@ def config_of(a, source):
         for line in cli.lost(model):
             print(line, file=sys.stderr)
     return config
+
+
+def with_mechanisms(config, a):
+    return llama.dataclasses.replace(config, **{k: getattr(a, k) for k in ("attn", "memory", "adapter", "base_bits") if getattr(a, k)})
+
+
+def look(config):
+    """The function that gives the memory plan of arguments, for a model of this Config."""
+
+    @functools.cache
+    def sized(**given):
+        with ops.shapes_only():
+            return sizes_of(llama.Llama(llama.dataclasses.replace(config, **given)))
+
+    def of(a):
+        m = sized(**{k: getattr(a, k) for k in ("memory", "adapter", "base_bits") if getattr(a, k, None)})
+        return max((plan.plan(m, stage.of(a), runs_how(a)) for stage in a.stages), key=lambda p: p.peak)
+
+    return of
+
+
+def sizes_of(model):
+    """The model as plan.py wants it; it may be one of shapes alone."""
+    named, observers = ops.parameters(model), tuple(model.observers())
+    trains = frozenset(n for n in named if model.trains(n) and not n.startswith(observers))
+    slots = [block.self_attn.memory.size for block in model.model.layers]
+    whole = [block.self_attn.asked.name == "full" for block in model.model.layers]
+    return plan.Model(model.config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots, whole)
+
+
+def runs_how(a):
+    act = 4 if llama.as_dtype(a.dtype) == ops.float32 else 2
+    return plan.How(act, ops.on_gpu(), ops.BACKEND == "mlx", frozen.TRITON and ops.on_gpu())
+
+
+def check_memory(a, config):
+    """Print the memory plan. Raises Refused, naming what would fit, if the device has less."""
+    planned, room, found = look(config), ops.free_memory(), look(config)(a)
+    if a.memory_plan:
+        print(found.table())
+    print(f"memory: {found.line()}" + (f", {room / 2**30:.1f} GiB free" if room else ""))
+    if room is None or found.peak <= room:
+        return
+    a = SimpleNamespace(**{**vars(a), "bounded": bounded(config)})
+    would = plan.advice(a, planned, room)
+    how = f"{would} would fit" if would else "no flag of train.py makes it fit: take a smaller model or shorter rows"
+    raise Refused(f"a step would take {found.peak / 2**30:.1f} GiB, and the device has {room / 2**30:.1f} free: {how}")
+
+
+def bounded(config):
+    """The --memory that holds all that later segments may see, where --attn is a pattern of bounded reach; else None."""
+    rule = plugins.parse("attention", config.attn) if "/" not in config.attn else None
+    if rule and rule.name == "window":
+        return f"window:budget={rule.options.window - 1}"
+    if rule and rule.name == "longformer" and not rule.options.own_projections:
+        n = rule.options.n_global
+        return f"sinks:budget={n + rule.options.window},sinks={n},kv_positions=absolute"
 
 
 def reach(model, a):
@@ -260,7 +348,8 @@ def build(a, config, source, fresh):
 
 def prepare(model, a):
     """The model, ready to train: what trains as it is, in float32, what is frozen in the dtype of the activations."""
-    model.dtype, model.model.run, model.chunk = llama.as_dtype(a.dtype), ops.checkpoint if a.checkpoint else ops.call, a.loss_chunk
+    model.dtype, model.chunk, model.model.together = llama.as_dtype(a.dtype), a.loss_chunk, int(a.checkpoint) or 1
+    model.model.run = (ops.checkpoint_offloaded if a.checkpoint_offload else ops.checkpoint) if a.checkpoint else ops.call
     for block in model.model.layers:
         block.tile = a.mlp_tile
     named, observers = ops.parameters(model), tuple(model.observers())
@@ -358,6 +447,9 @@ def train(a, saved):
     fresh = not (saved and saved["folder"])
     source = cli.model_folder(a) if fresh else saved["folder"]
     config = config_of(a, source)
+    check_memory(a, config)
+    if a.memory_plan:
+        return 0
     remarks(a, config)
     ops.seed(a.seed)
     state = {"step": 0, "tokens": 0} if fresh else {k: saved[k] for k in ("step", "tokens")}
@@ -365,7 +457,7 @@ def train(a, saved):
     model, tokenizer = build(a, llama.dataclasses.replace(config, pos=stage.pos), source, fresh)
     corpus, held_out, draws = corpora(a, tokenizer)
     batches = data.Batches(corpus, stage.batch, stage.length, a.seed, draws=draws)
-    optimizer = ops.AdamW(model, (0.9, 0.95), 1e-8, a.weight_decay)
+    optimizer = ops.AdamW(model, (0.9, 0.95), 1e-8, a.weight_decay, a.optimizer_offload)
     state |= {"tokenizer": tokenizer.fingerprint, "arguments": vars(a)}
     if not fresh:
         if saved["tokenizer"] != tokenizer.fingerprint:
@@ -444,7 +536,7 @@ def write(model, optimizer, folder, source):
 
 
 def restore(optimizer, path):
-    arrays = llama.read(path)
+    arrays = llama.read(path, optimizer.offload)
     ops.wait(arrays)
     optimizer.restore(arrays)
     ops.restore_random({k.removeprefix("random."): x for k, x in arrays.items() if k.startswith("random.")})

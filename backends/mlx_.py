@@ -53,6 +53,12 @@ def reset_peak():
     return mx.get_active_memory()
 
 
+def free_memory():
+    """Bytes of the device that arrays may take; None where it has no memory of its own."""
+    said = mx.device_info() if on_gpu() else {}
+    return said.get("max_recommended_working_set_size") or said.get("free_memory") or said.get("memory_size")
+
+
 def wait(*trees):
     """Return when these trees of arrays are computed."""
     mx.eval(*trees)
@@ -386,14 +392,14 @@ def no_grad():
     return contextlib.nullcontext()
 
 
-def read_safetensors(path):
-    """name -> array, on the device in use."""
+def read_safetensors(path, host=False):
+    """name -> array, on the device in use, or in the host's memory, which is the same."""
     return mx.load(str(path), format="safetensors")
 
 
-def each_safetensor(path):
+def each_safetensor(path, host=False):
     """(name, array) of one after the other: each is read when its turn comes."""
-    arrays = read_safetensors(path)
+    arrays = read_safetensors(path, host)
     for name in list(arrays):
         yield name, arrays.pop(name)
 
@@ -429,6 +435,11 @@ def checkpoint(module, x, *rest):
     weights = [owner.trainable_parameters() for owner in owners]
     # of the other arrays some are constants, and nobody wants their gradients
     return _once_more(again, len(tree_flatten(weights)) + 1, weights, x, arrays)
+
+
+def checkpoint_offloaded(module, x, *rest):
+    """The same, x waiting in the host's memory: MLX has one memory for host and device."""
+    return checkpoint(module, x, *rest)
 
 
 def recomputed(f, *arrays):
@@ -520,12 +531,15 @@ def global_norm(arrays):
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only, a column being none."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only, a column being none.
 
-    def __init__(self, model, betas, eps, weight_decay):
+    offload: changes nothing, for MLX has one memory for host and device.
+    """
+
+    def __init__(self, model, betas, eps, weight_decay, offload=False):
         named = dict(tree_flatten(model.trainable_parameters()))
         adamw = lambda decay: mlx.optimizers.AdamW(0.0, list(betas), eps, decay, bias_correction=True)
-        self.model, self.groups = model, []
+        self.model, self.groups, self.offload = model, [], offload
         for decays, decay in ((True, weight_decay), (False, 0.0)):
             mine = {n: p for n, p in named.items() if (p.ndim > 1 and min(p.shape) > 1) == decays}
             self.groups.append((list(mine), adamw(decay)))

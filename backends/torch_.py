@@ -68,6 +68,11 @@ def reset_peak():
         return torch.cuda.memory_allocated()
 
 
+def free_memory():
+    """Bytes of the device that arrays may take; None where it has no memory of its own."""
+    return torch.cuda.mem_get_info(device())[0] if device().type == "cuda" else None
+
+
 def wait(*trees):
     """Return when everything asked for so far is computed."""
     if device().type == "cuda":
@@ -440,14 +445,14 @@ def no_grad():
     return torch.no_grad()
 
 
-def read_safetensors(path):
-    """name -> array, on the device in use."""
-    return safetensors.torch.load_file(path, device=str(device()))
+def read_safetensors(path, host=False):
+    """name -> array, on the device in use, or in the host's memory."""
+    return safetensors.torch.load_file(path, device="cpu" if host else str(device()))
 
 
-def each_safetensor(path):
+def each_safetensor(path, host=False):
     """(name, array) of one after the other: each is read when its turn comes."""
-    with safetensors.safe_open(path, framework="pt", device=str(device())) as file:
+    with safetensors.safe_open(path, framework="pt", device="cpu" if host else str(device())) as file:
         for name in file.keys():  # noqa: SIM118
             yield name, file.get_tensor(name)
 
@@ -466,6 +471,55 @@ def write_safetensors(path, arrays, metadata=None):
 def checkpoint(module, x, *rest):
     """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
     return _checkpoint(module, x, *rest, use_reentrant=False)
+
+
+def checkpoint_offloaded(module, x, *rest):
+    """The same, x waiting in the host's memory. On a CUDA device it is copied there while the work goes on, and back while what came
+    after it is at work."""
+    with torch.autograd.graph.saved_tensors_hooks(_Away, _Away.back):
+        return checkpoint(module, x, *rest)
+
+
+class _Away:
+    """A tensor that waits in the host's memory for the backward pass, which wants the newest first."""
+
+    newest = None
+
+    def __init__(self, x):
+        self.before, _Away.newest = _Away.newest, weakref.ref(self)
+        self.device, self.here = x.device, None
+        if not x.is_cuda:
+            self.there = x.to("cpu", copy=True)
+            return
+        self.side, self.there = _copying(x.device), torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            self.there.copy_(x, non_blocking=True)
+        # nobody may write into its memory before it is copied
+        x.record_stream(self.side)
+
+    def fetch(self):
+        if self.here is None:
+            with torch.cuda.stream(self.side):
+                self.here, self.done = self.there.to(self.device, non_blocking=True), self.side.record_event()
+
+    def back(self):
+        if self.device.type != "cuda":
+            return self.there.to(self.device)
+        self.fetch()
+        torch.cuda.current_stream().wait_event(self.done)
+        x, self.here = self.here, None
+        x.record_stream(torch.cuda.current_stream())
+        before = self.before and self.before()
+        if before is not None:
+            before.fetch()
+        return x
+
+
+@functools.cache
+def _copying(device):
+    """The stream on which tensors go to the host's memory and back."""
+    return torch.cuda.Stream(device)
 
 
 def recomputed(f, *arrays):
@@ -533,33 +587,57 @@ def global_norm(arrays):
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only, a column being none."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over named parameters; weight decay on matrices only, a column being none.
 
-    def __init__(self, model, betas, eps, weight_decay):
-        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    offload: the averages wait in the host's memory, and are on the device for one parameter at a time; the sums are the same.
+    """
+
+    def __init__(self, model, betas, eps, weight_decay, offload=False):
+        self.named, self.offload = {n: p for n, p in model.named_parameters() if p.requires_grad}, offload
         groups = [[p for p in self.named.values() if (p.ndim > 1 and min(p.shape) > 1) == decays] for decays in (True, False)]
         groups = [{"params": g, "weight_decay": w} for g, w in zip(groups, (weight_decay, 0.0))]
-        self.inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=device().type == "cuda")
+        # one for each parameter, or one for all
+        alone = [[{**g, "params": [p]}] for g in groups for p in g["params"]] if offload else [groups]
+        self.fused = device().type == "cuda"
+        self.inner = [torch.optim.AdamW(g, lr=0.0, betas=betas, eps=eps, fused=self.fused) for g in alone]
 
     def step(self, grads, lr):
-        for group in self.inner.param_groups:
-            group["lr"] = lr
         for name, g in grads.items():
             # the fused step wants the layout of the parameters
             self.named[name].grad = g.contiguous()
-        self.inner.step()
-        self.inner.zero_grad(set_to_none=True)
+        for inner in self.inner:
+            for group in inner.param_groups:
+                group["lr"] = lr
+            _move(inner, (lambda x: x.to(device())) if self.offload else None)
+            inner.step()
+            inner.zero_grad(set_to_none=True)
+            _move(inner, _pinned if self.offload else None)
         # a fused step leaves no trace in the version of what it changes, by which kernels/frozen.py knows
         torch.autograd.graph.increment_version(list(self.named.values()))
 
     def state(self):
         """Flat name -> array, to be saved."""
-        return {f"{n}.{k}": torch.as_tensor(x) for n, p in self.named.items() for k, x in self.inner.state[p].items()}
+        wait()
+        states = {p: state for inner in self.inner for p, state in inner.state.items()}
+        return {f"{n}.{k}": torch.as_tensor(x) for n, p in self.named.items() for k, x in states.get(p, {}).items()}
 
     def restore(self, arrays):
+        owner = {p: inner for inner in self.inner for group in inner.param_groups for p in group["params"]}
         for n, p in self.named.items():
-            here = {k: arrays[f"{n}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-            self.inner.state[p] = {**here, "step": here["step"].to(device() if self.inner.defaults["fused"] else "cpu")}
+            here = {k: arrays[f"{n}.{k}"] for k in ("exp_avg", "exp_avg_sq")}
+            owner[p].state[p] = {**here, "step": arrays[f"{n}.step"].to(device() if self.fused else "cpu")}
+            _move(owner[p], _pinned if self.offload else None)
+
+
+def _move(adam, to):
+    """AdamW's averages of every parameter, elsewhere; to None: they stay."""
+    for state in adam.state.values() if to else ():
+        state |= {k: to(state[k]) for k in ("exp_avg", "exp_avg_sq") if k in state}
+
+
+def _pinned(x):
+    """The array in memory of the host's from which copies need not wait; queued behind what was asked for."""
+    return x.to("cpu") if x.device.type != "cuda" else torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def random_state():

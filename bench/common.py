@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# the sizes of Llama 3.1 8B and of Llama 3.2 1B, and a tiny one to try a script with
+# the sizes of Llama 3.1 8B, of Llama 3.2 1B and of SmolLM2-135M, and a tiny one to try a script with
 SHAPES = {
     "8b": {
         "vocab_size": 128256,
@@ -33,6 +33,18 @@ SHAPES = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
     "tiny": {

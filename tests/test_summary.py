@@ -108,7 +108,8 @@ def test_tiles_and_what_is_computed_again_leave_tokens_alone():
         block.tile = 2
     for model.model.run in (ops.call, ops.checkpoint):
         got = in_segments(model, b, 7)
-        assert abs(got[0] / want[0] - 1) < 1e-6 and off(got[1], want[1]) < 1e-4
+        # these weights are ill-conditioned: float32 alone moves the gradient by 5e-4 (in float64 it is 4e-15)
+        assert abs(got[0] / want[0] - 1) < 1e-6 and off(got[1], want[1]) < 2e-3
 
 
 def test_without_positions_a_summary_is_as_near_from_anywhere():

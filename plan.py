@@ -1,0 +1,225 @@
+"""How much memory a step of training will take, by counting arrays, before anything is loaded.
+
+    weights       what trains 4 bytes a parameter, what is frozen as wide as an activation
+    gradients     4 bytes for what trains, growing through the backward pass as activations go
+    optimizer     AdamW's two averages, 8 bytes for what trains; with --optimizer-offload one parameter's at a time
+    activations   what the blocks keep for the backward pass (kept() counts it), or with --checkpoint every n-th block's input
+    block         a block at work beside that: blocks that are recomputed, and the gradients inside one
+    loss          logits of a chunk, three times in float32: their softmax, and two gradients
+    boundaries    with --segment: states that wait at the boundaries; the one at work and the gradients handed through it
+
+The peak is the largest of a few moments: the loss, the last block's backward pass, the first one's (all gradients are there), and the
+optimizer's step. A state is counted as the keys and values of its slots.
+
+Pure Python, no framework: sizes come from the config and from a model without weights. bench/plan.py measures how near this comes.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+GIB = 2**30
+
+
+class Model(NamedTuple):
+    """A model by its sizes. c: Config; shapes: name -> shape; trains: the names that take gradients; slots: how many tokens the memory of
+    each layer keeps at a boundary, None being all; whole: whether a layer sees everything."""
+
+    c: Any
+    shapes: dict
+    trains: frozenset
+    slots: list
+    whole: list
+
+    def size(self, *within, trained=None):
+        """Numbers in the parameters whose names hold one of these parts."""
+        named = (n for n in self.shapes if trained is None or (n in self.trains) == trained)
+        return sum(math.prod(self.shapes[n]) for n in named if any(part in n for part in within))
+
+    def reads(self, *linears):
+        """Does what these linears read serve a gradient of theirs?"""
+        return any(f".{name}." in n for n in self.trains for name in linears)
+
+
+class How(NamedTuple):
+    """What runs it. act: bytes of an activation; gpu: a device with its own memory; mlx: by MLX; fused: can kernels/frozen.py run?"""
+
+    act: int
+    gpu: bool = False
+    mlx: bool = False
+    fused: bool = False
+
+
+class Plan(NamedTuple):
+    """moments: name -> {part: bytes} on the device; host: {part: bytes} that wait in the host's memory."""
+
+    moments: dict
+    host: dict
+
+    @property
+    def worst(self):
+        return max(self.moments, key=lambda m: sum(self.moments[m].values()))
+
+    @property
+    def peak(self):
+        return sum(self.moments[self.worst].values())
+
+    def line(self):
+        host = f", {sum(self.host.values()) / GIB:.1f} GiB of the host's beside" if self.host else ""
+        return f"{self.peak / GIB:.1f} GiB at the peak ({self.worst}){host}"
+
+    def table(self):
+        """Every moment and its parts in GiB, as text."""
+        parts = list(dict.fromkeys(part for of in self.moments.values() for part in of))
+        rows = [["GiB", *self.moments], *([part, *(cell(of.get(part)) for of in self.moments.values())] for part in parts)]
+        rows += [["all", *(cell(sum(of.values())) for of in self.moments.values())]]
+        lines = ["".join(f"{x:>14}" if i else f"{x:12}" for i, x in enumerate(row)) for row in rows]
+        return "\n".join([*lines, *(f"{part:12}{cell(n):>14} in the host's memory" for part, n in self.host.items())])
+
+
+def cell(n):
+    return f"{n / GIB:.3f}" if n else "-"
+
+
+def plan(m, a, how):
+    """The Plan of a step of Model m with the arguments `a` of train.py."""
+    c, act, L, C = m.c, how.act, m.c.num_hidden_layers, m.c.hidden_size
+    N, S = a.length, a.segment or a.length
+    T = a.micro * S  # tokens at work
+    fused = how.fused and not a.mlp_tile and all(".lora_" in n or ".memory." in n for n in m.trains) and m.size("lora_mag") == 0
+    mine, frozen = m.size("", trained=True), m.size("", trained=False)
+    away = lambda flag: flag and how.gpu
+
+    # under --base-bits matrices are codes with a scale and a least number for each 64, and one layer's are there as numbers
+    bits, matrices = getattr(c, "base_bits", 16), m.size("_proj.weight", trained=False)
+    coded = matrices * (act - bits / 8 - 2 * act / 64) - act * matrices / L if bits < 16 else 0
+    weights = 4 * mine + act * (frozen + (beside(m) if fused else 0)) - int(coded)
+    adam = max((8 * math.prod(m.shapes[n]) for n in m.trains), default=0) if away(a.optimizer_offload) else 8 * mine
+    host = {"optimizer": 8 * mine if away(a.optimizer_offload) else 0}
+    resting = {"weights": weights, "optimizer": 0 if away(a.optimizer_offload) else adam, "kernels": KERNELS if how.gpu else 0}
+
+    # a state holds keys and values; at the last boundary it is there, and so is its gradient, in float32 while it is multiplied
+    past = [min(N - S, N if n is None else n) if a.segment else 0 for n in m.slots]
+    state = act * 2 * a.micro * c.num_key_value_heads * c.head_dim * sum(past)
+    waiting = -(-N // S) - 1
+    waiting = waiting if a.bptt in ("all", None) else min(a.bptt, waiting)
+    host["boundaries"] = waiting * state if away(a.offload) else 0
+    resting |= {"boundaries": (1 if away(a.offload) else waiting) * state if waiting else 0}
+    resting |= {"handed": (act + 4) * state // act if waiting else 0}
+
+    # MLX has no fused backward pass: what is not sparse keeps its weights, and makes three arrays as large beside them
+    scores = [act * c.num_attention_heads * T * (S + n) * (how.mlx and everything) for n, everything in zip(past, m.whole)]
+    blocks = [kept(m, how, a, T, n * a.micro, fused) + s for n, s in zip(past, scores)]
+    x = act * C * T
+    group = sum(sorted(blocks)[-a.checkpoint :]) - x if a.checkpoint else 0
+    inputs = -(-L // a.checkpoint) * x if a.checkpoint else 0
+    host["activations"] = inputs if a.checkpoint and away(a.checkpoint_offload) else 0
+    activations = (2 * x if host["activations"] else inputs) if a.checkpoint else sum(blocks)
+    block = group + x + max(inside(m, act, a, T, fused), 3 * max(scores))
+
+    head, n = ("lm_head." if m.size("lm_head.") else "embed_tokens."), min(T, a.loss_chunk)
+    trained = m.size(head, trained=True)
+    # with a second part of the step all gradients are there from the outset
+    gradients, first = 4 * mine, 4 * (mine if a.batch > a.micro or waiting else trained)
+    loss = n * c.vocab_size * (act if fused else 12) + (3 if n < T else 2) * x + (4 + act * (act < 4)) * trained
+    moments = {
+        "loss": {**resting, "gradients": first, "activations": activations, "loss": loss},
+        "last block": {**resting, "gradients": first, "activations": activations, "block": block},
+        "first block": {**resting, "gradients": gradients, "activations": x if a.checkpoint else blocks[0], "block": block},
+        "optimizer": {**resting, "gradients": gradients, "optimizer": adam},
+    }
+    return Plan(moments, {k: v for k, v in host.items() if v})
+
+
+KERNELS = 1 << 26  # bytes that a GPU's libraries work in, and lists of blocks
+
+
+def beside(m):
+    """Numbers beside frozen matrices in which LoRA's ride, and of its A beside each other (kernels/frozen.py)."""
+    total = 0
+    for names in ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",):
+        mine = [(n, s) for n, s in m.shapes.items() if any(f".{name}.weight" in n for name in names)]
+        ranks = sum(s[0] for n, s in m.shapes.items() if any(f".0.{part}.{name}.lora_A" in n for part in PARTS for name in names))
+        total += -(-ranks // 64) * 64 * (sum(s[0] for _, s in mine) + m.c.num_hidden_layers * mine[0][1][1])
+    return total
+
+
+PARTS = "self_attn", "mlp"
+
+
+def kept(m, how, a, T, past, fused):
+    """Bytes that a block keeps for its backward pass, of T tokens that see `past` others too."""
+    c, act = m.c, how.act
+    C, F, H, HD, KD = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_attention_heads * c.head_dim, 0
+    KD = c.num_key_value_heads * c.head_dim
+    ranks = sum(s[0] for n, s in m.shapes.items() if ".layers.0." in n and "lora_A" in n)
+    # keys and values; logarithms of sums, and two norms' roots
+    total = 2 * act * KD * (T + past) + 4 * T * (H + 2)
+    if fused:
+        return total + act * T * (2 * C + 2 * HD + 2 * F + 4 * 64)
+    # the block's input and the middle, queries, attention's answer
+    numbers = 2 * C + 2 * HD + ranks
+    # what a product reads, and on a CPU attention's answer in another layout
+    numbers += C * m.reads("q_proj", "k_proj", "v_proj") + HD * (not how.gpu) * m.reads("o_proj")
+    if not a.mlp_tile:
+        # the gate's two sides, and silu of one
+        numbers += 3 * F + C * m.reads("gate_proj", "up_proj") + F * m.reads("down_proj")
+    if not how.gpu:
+        # a norm in steps keeps its quotient for its own weight
+        numbers += C * (2 - bool(a.mlp_tile)) * m.reads("input_layernorm")
+    # weights as wide as activations are copies
+    return total + act * T * numbers + (act * m.size(".layers.0.", trained=True) if act < 4 else 0)
+
+
+def inside(m, act, a, T, fused):
+    """Bytes of the gradients inside of a block at the worst moment, in its MLP."""
+    tile = min(T, a.mlp_tile * a.micro) if a.mlp_tile else T
+    C, F = m.c.hidden_size, m.c.intermediate_size
+    return act * (C + F) * T if fused else act * 2 * F * T if tile == T else act * ((2 + 4) * F * tile + C * T)
+
+
+# ---------------------------------------------------------------- what would fit
+
+SAVERS = {
+    "--checkpoint": lambda a: {"checkpoint": a.checkpoint or 1},
+    "--loss-chunk 512": lambda a: {"loss_chunk": min(a.loss_chunk, 512)},
+    "--mlp-tile 1k": lambda a: {"mlp_tile": min(a.mlp_tile or 1024, 1024)},
+    "--micro 1": lambda a: {"micro": 1, "stages": [stage._replace(micro=max(1, stage.micro // a.micro)) for stage in a.stages]},
+    "--segment 2k --memory {}": lambda a: {"segment": 2048, "memory": a.bounded, "bptt": "all"} if can_segment(a) else {},
+    "--offload": lambda a: {"offload": True} if a.segment else {},
+    "--checkpoint-offload": lambda a: {"checkpoint_offload": True} if a.checkpoint else {},
+    "--optimizer-offload": lambda a: {"optimizer_offload": True},
+    "--adapter lora": lambda a: {"adapter": "lora"} if a.adapter == "full" and not a.init else {},
+    "--base-bits 4": lambda a: {"base_bits": 4} if getattr(a, "base_bits", 4) != 4 and a.adapter != "full" else {},
+}
+
+
+def can_segment(a):
+    return a.bounded and not a.segment and not a.curriculum and a.length > 2048
+
+
+def advice(a, look, room):
+    """The flags with which a step fits into `room` bytes: one alone if one does, else the first ones together that do; None: none do.
+    look(a): the Plan for these arguments."""
+    fits = lambda a: look(a).peak <= room
+    changed = lambda a, more: type(a)(**{**vars(a), **more})
+    flags = {flag.format(a.bounded): change for flag, change in SAVERS.items()}
+    for flag, change in flags.items():
+        if change(a) and fits(changed(a, change(a))):
+            return flag
+    taken = []
+    for flag, change in flags.items():
+        b = changed(a, change(a))
+        if look(b).peak < look(a).peak:
+            taken, a = [*taken, flag], b
+        if fits(a):
+            return " ".join(taken)
+
+
+def segment(a, look, room):
+    """The longest segment, from 16k to 1k tokens, with which a step fits: a.segment and, if none does without, a.checkpoint."""
+    lengths = [n << 10 for n in (16, 8, 4, 2, 1) if n << 10 < a.length and n << 10 <= min(stage.length for stage in a.stages)]
+    for n, checkpoint in (*((n, a.checkpoint) for n in lengths), *((n, 1) for n in lengths[-1:])):
+        b = type(a)(**{**vars(a), "segment": n, "checkpoint": checkpoint})
+        if room is None or look(b).peak <= room:
+            break
+    return n, checkpoint
