@@ -135,7 +135,7 @@ def ours(c, shape, drawn):
 
     how = {k: getattr(c, k) for k in ("attn", "pos", "memory", "adapter", "segment")} | ({"base_bits": c.base_bits} if c.base_bits else {})
     with ops.shapes_only():
-        model = Llama(Config(**common.SHAPES[shape], **how))
+        model = Llama(Config(**shape, **how))
     for name, p in ops.parameters(model).items():
         new = weight(name, tuple(p.shape), getattr(ops, drawn))
         ops.wait(new)
@@ -175,7 +175,7 @@ def peer(c, shape, drawn):
 
     device, options = ops.device(), plugins.parse("adapters", c.adapter).options
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**common.SHAPES[shape], attn_implementation="sdpa", use_cache=False))
+        model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa", use_cache=False))
     model = model.to(getattr(torch, c.dtype or drawn)).to_empty(device=device)
     # what is no parameter has lost its numbers, and what was one matrix is two
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
@@ -273,7 +273,7 @@ def measure(c, args, wanted):
 
     with_engine(c)
     start = time.perf_counter()
-    step, grads = (peer if c.peer else ours)(c, args.shape, args.dtype)
+    step, grads = (peer if c.peer else ours)(c, args.sizes, args.dtype)
     made = time.perf_counter() - start
     start, times = time.perf_counter(), []
     step(warm(c))
@@ -350,6 +350,7 @@ def compared(args, rows, grads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=common.SHAPES, default="8b")
+    parser.add_argument("--layers", type=cli.whole, metavar="N", help="so many layers of the shape: gradients of fewer are less chaotic")
     parser.add_argument("--case", type=case, action="append", required=True, metavar="FIELD,FIELD")
     for kind, what in (("compare", "within rounding?"), ("floor", "what rounding does"), ("control", "what a mistake does")):
         parser.add_argument(f"--{kind}", nargs=2, action="append", default=[], metavar=("A", "B"), help=f"names of cases: {what}")
@@ -358,6 +359,7 @@ def main():
     parser.add_argument("--name", default="finetune")
     parser.add_argument("--out")
     args = parser.parse_args()
+    args.sizes = common.SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     import ops
     import train
 
@@ -368,7 +370,7 @@ def main():
     names = [c.name or str(i) for i, c in enumerate(args.case, 1)]
     if lost := {n for pair in pairs for n in pair} - set(names):
         parser.error(f"no case is named {sorted(lost)[0]}: they are {', '.join(names)}")
-    result = {"shape": args.shape, "dtype": args.dtype, "backend": ops.BACKEND, "rows": []}
+    result = {"shape": args.shape, "layers": args.sizes["num_hidden_layers"], "dtype": args.dtype, "backend": ops.BACKEND, "rows": []}
     grads = {}
     for name, c in zip(names, args.case):
         found, grads[name] = tried(c, args, any(name in pair for pair in pairs))
