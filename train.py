@@ -293,13 +293,14 @@ def runs_how(a):
 
 
 def check_memory(a, config):
-    """Print the memory plan. Raises Refused, naming what would fit, if the device has less."""
+    """What a step will take, as a line. Raises Refused, naming what would fit, if the device has less."""
     planned, room, found = look(config), ops.free_memory(), look(config)(a)
+    line = f"memory: {found.line()}" + (f", {room / 2**30:.1f} GiB free" if room else "")
     if a.memory_plan:
         print(found.table())
-    print(f"memory: {found.line()}" + (f", {room / 2**30:.1f} GiB free" if room else ""))
+        print(line)
     if room is None or found.peak <= room:
-        return
+        return line
     a = SimpleNamespace(**{**vars(a), "bounded": bounded(config)})
     would = plan.advice(a, planned, room)
     how = f"{would} would fit" if would else "no flag of train.py makes it fit: take a smaller model or shorter rows"
@@ -447,7 +448,7 @@ def train(a, saved):
     fresh = not (saved and saved["folder"])
     source = cli.model_folder(a) if fresh else saved["folder"]
     config = config_of(a, source)
-    check_memory(a, config)
+    takes = check_memory(a, config)
     if a.memory_plan:
         return 0
     remarks(a, config)
@@ -473,6 +474,7 @@ def train(a, saved):
         metrics.add(step=0, length=stage.length, valid_loss=evaluate(model, held_out, stage.of(a)))
     start = f"validation loss {metrics.series('valid_loss')[-1][1]:.4f} at step {state['step']} of {a.steps}"
     print(f"{out}: {sizes(model)}; {corpus.report()}; {start}")
+    print(takes)
     fitness(corpus, a, draws)
 
     leave = listen()
