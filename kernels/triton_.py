@@ -27,6 +27,7 @@ from kernels import plan
 from kernels.inline import compiled
 from kernels.layout import layout, within
 from kernels.named import named, rule_of
+from kernels.recent import Recent
 from kernels.spans import behaviours
 
 Maybe = Optional[Tensor]  # noqa: UP045, so that a schema can be read off
@@ -454,11 +455,8 @@ def lists(kind, q, k, call, size):
     data = (x if x is None else (x.shape, written(x)) for x in host)
     reach = call.reach() if kind == "near" else None
     key = kind, size, rule, sides, *data, B, H, K, q.device, call.always, call.opening, reach
-    made = recent.pop(key, None)
-    recent[key] = made = made or listed(kind, found(host, sides, size, rule, B, H, K, call.always, call.opening, reach), K, q.device)
-    while len(recent) > 1 and sum(x.numel() for made in recent.values() for x in made.arrays) > ROOM:
-        del recent[next(iter(recent))]
-    return made
+    make = lambda: listed(kind, found(host, sides, size, rule, B, H, K, call.always, call.opening, reach), K, q.device)
+    return recent.get(key, make)
 
 
 def written(x):
@@ -473,8 +471,8 @@ def written(x):
 # pieces of work for each program that takes a share of all: above, sharing out costs more than it gives (measured on an H100)
 MANY = {"query in order": 256, "key in order": 64}
 writings = collections.deque(maxlen=4)
-recent = {}  # Lists by everything that they depend on, the last ones asked for at the end
-ROOM = 1 << 26  # numbers that are kept on the device
+
+recent = Recent(1 << 26, lambda made: sum(x.numel() for x in made.arrays))  # numbers that are kept on the device
 
 
 def found(host, sides, size, rule, B, H, K, always, opening, reach=None):
