@@ -282,9 +282,10 @@ def sizes_of(model):
     """The model as plan.py wants it; it may be one of shapes alone."""
     named, observers = ops.parameters(model), tuple(model.observers())
     trains = frozenset(n for n in named if model.trains(n) and not n.startswith(observers))
-    slots = [block.self_attn.memory.size for block in model.model.layers]
+    slots = [memory.size for memory in model.memories()]
+    stay = [memory.always if memory.slides else None for memory in model.memories()]
     whole = [block.self_attn.asked.name == "full" for block in model.model.layers]
-    return plan.Model(model.config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots, whole)
+    return plan.Model(model.config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots, stay, whole)
 
 
 def runs_how(a):
@@ -319,7 +320,7 @@ def bounded(config):
 
 def reach(model, a):
     """--bptt for this model: as asked for, or as far as its memories let gradients flow. Raises Refused for what cannot be."""
-    c, memories = model.config, [block.self_attn.memory for block in model.model.layers]
+    c, memories = model.config, model.memories()
     if any(plugins.is_share(memory.given) for memory in memories):
         raise Refused(f"--memory {c.memory} is a share of a text, and training reads rows of many: give its budget in tokens")
     if any(memory.whole_rows for memory in memories):
