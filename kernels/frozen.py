@@ -155,7 +155,13 @@ class Stack:
         both = (dout.T @ t).float() if self.beside else None
         d = dout @ self.matrix()
         d[:, : self.n_in].addmm_(d[:, self.n_in :], self.a)
-        return d, [block * s for block, s in zip(self.blocks(both), self.scales())] if self.beside else []
+        if not self.beside:
+            return d, []
+        scales = self.scales()
+        if len(set(scales)) == 1:
+            # mostly they are alike, and one product does
+            return d, self.blocks(both.mul_(scales[0]))
+        return d, [block * s for block, s in zip(self.blocks(both), scales)]
 
     def back_a(self, dt, y):
         """The gradients of each A: y [n, n_in] is what the products were made of."""
