@@ -360,10 +360,16 @@ def prepare(model, a):
     ops.set_parameters(model, {n: ops.cast(p, model.dtype) for n, p in still.items()})
     ops.freeze(model, still.keys() | observed)
     model.model.patterns(training=True)
-    frozen.use(model)
+    frozen.use(model, repeated(a))
     # read now: a checkpoint that is read lazily may be pruned before its first use
     ops.wait(ops.parameters(model))
     return model
+
+
+def repeated(a):
+    """How many rows the kernels of a segment work on, where they are so few that a GPU would wait for its host; else None."""
+    rows = (a.segment or 0) * a.micro
+    return rows if 0 < rows <= frozen.SHORT and not a.checkpoint and not a.mlp_tile else None
 
 
 def corpora(a, tokenizer):

@@ -13,6 +13,7 @@ included, of rows up to 32K the median of three. The learning rate is 0, so that
     peer      transformers' model with peft's LoRA, checkpointing and the framework's fused attention, cuDNN's where it is there
     plain     blocks as model.py has them, without kernels/frozen.py
     profile   one more step, and what the GPU did in it: milliseconds by kernel (torch on CUDA)
+    replay=0  without kernels/replayed.py
     engine=   attention by this engine (NANOLONG_KERNEL);  hopper=0: without kernels/hopper.py
 
 --compare A B: how far the gradients of B are from those of A, the norm of their difference in norms of A's, over all matrices together
@@ -39,7 +40,7 @@ import plugins
 from errors import Refused
 
 WORDS = ("name", "attn", "pos", "memory", "adapter", "engine", "dtype")
-NUMBERS = ("length", "segment", "base_bits", "loss_chunk", "mlp_tile", "repeat", "hopper")
+NUMBERS = ("length", "segment", "base_bits", "loss_chunk", "mlp_tile", "repeat", "hopper", "replay")
 FLAGS = ("checkpoint", "offload", "peer", "plain", "profile")
 DEFAULT = {
     **dict.fromkeys(WORDS + NUMBERS),
@@ -142,7 +143,14 @@ def ours(c, shape, drawn):
         ops.wait(new)
         new = Coded(new, c.base_bits, getattr(ops, c.dtype or drawn)) if name in model.coded else new
         ops.set_parameters(model, {name: new})
-    savers = {"checkpoint": c.checkpoint, "checkpoint_offload": False, "loss_chunk": c.loss_chunk, "mlp_tile": c.mlp_tile}
+    savers = {
+        "segment": None if c.replay == 0 else c.segment,
+        "micro": 1,
+        "checkpoint": c.checkpoint,
+        "checkpoint_offload": False,
+        "loss_chunk": c.loss_chunk,
+        "mlp_tile": c.mlp_tile,
+    }
     train.prepare(model, SimpleNamespace(dtype=c.dtype or drawn, **savers))
     if c.plain:
         for module in (model, *model.model.layers):
