@@ -143,14 +143,8 @@ def ours(c, shape, drawn):
         ops.wait(new)
         new = Coded(new, c.base_bits, getattr(ops, c.dtype or drawn)) if name in model.coded else new
         ops.set_parameters(model, {name: new})
-    savers = {
-        "segment": None if c.replay == 0 else c.segment,
-        "micro": 1,
-        "checkpoint": c.checkpoint,
-        "checkpoint_offload": False,
-        "loss_chunk": c.loss_chunk,
-        "mlp_tile": c.mlp_tile,
-    }
+    savers = {"checkpoint": c.checkpoint, "checkpoint_offload": False, "loss_chunk": c.loss_chunk, "mlp_tile": c.mlp_tile}
+    savers |= {"segment": None if c.replay == 0 else c.segment, "micro": 1}
     train.prepare(model, SimpleNamespace(dtype=c.dtype or drawn, **savers))
     if c.plain:
         for module in (model, *model.model.layers):
