@@ -88,7 +88,7 @@ def test_what_is_replayed_is_read_once():
     tokens, targets = (ops.array(text(10, 2, seed=s)) for s in (0, 1))
     first, second = (model(tokens, targets=targets).sum() for _ in range(2))
     # torch itself sees it where the replay is no graph
-    with pytest.raises(RuntimeError, match="before the next forward pass|modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"before the next forward pass|modified by an inplace operation"):
         first.backward()
     second.backward()
 
