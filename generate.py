@@ -32,7 +32,8 @@ class Session:
         import ops
 
         self.ops, self.model, self.chunk, self.segment = ops, model, chunk, segment
-        self.graph = graph and ops.on_gpu()
+        # elsewhere a step that knows its place on the host does less: it needs no mask
+        self.graph = graph and ops.captures()
         self.memories = [block.self_attn.memory for block in model.model.layers]
         self.grows, self.forgets = (any(getattr(memory, what) for memory in self.memories) for what in ("grows", "forgets"))
         self.restart()
@@ -92,7 +93,7 @@ class Session:
         return self.run(token, close)[0, -1]
 
     def captured(self):
-        """The one-token step, as a static graph over the state where there is a GPU."""
+        """The one-token step, as a static graph over the state where the backend makes one."""
         model, ops = self.model, self.ops
         if not self.graph:
             return ops.eager(lambda x, state, close: model(x, state, close=close), self.state)

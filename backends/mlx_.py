@@ -38,6 +38,11 @@ def on_gpu():
     return device().type == mx.gpu
 
 
+def captures():
+    """Does static() make one graph of a step here?"""
+    return on_gpu() and mx.metal.is_available()
+
+
 def seed(n):
     mx.random.seed(n)
 
@@ -198,8 +203,12 @@ def descending(x):
 def put(x, new, n):
     """Write new at slots n.. of axis 2 and return x; in place where nobody else holds it. n: int or array."""
     # out of bounds would corrupt the heap: callers check on the host
-    at = mx.array([n]) if isinstance(n, int) else n.reshape(1)
-    return mx.slice_update(x, new.astype(x.dtype), at, axes=(2,))
+    if not isinstance(n, int):
+        return mx.slice_update(x, new.astype(x.dtype), n.reshape(1), axes=(2,))
+    # another name for x, which the assignment gives another value: one kernel, where a place that is an array takes two
+    x = x[...]
+    x[:, :, n : n + new.shape[2]] = new
+    return x
 
 
 def entries(x, i, axis):
@@ -328,7 +337,8 @@ class Linear(Module):
         return self.weight
 
     def forward(self, x):
-        y = x @ self.weight.astype(x.dtype).T if is_array(self.weight) else coded_product(x, self.weight)
+        w = self.weight
+        y = x @ w.astype(x.dtype).T if is_array(w) else coded_product(x, w)
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
 
@@ -627,8 +637,9 @@ def advance(n, by):
 
 def static(step, state, flags):
     """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (token, flag) that keeps the state in
-    `.state`; x is the token as [1, 1]. On Metal each flag's step is compiled; on CUDA MLX makes graphs of its own."""
-    return eager(mx.compile(step) if mx.metal.is_available() and on_gpu() else step, state, flags)
+    `.state`; x is the token as [1, 1]. On Metal each flag's step is compiled; on CUDA that takes half a minute, and MLX makes graphs of its
+    own."""
+    return eager(mx.compile(step) if captures() else step, state, flags)
 
 
 def eager(step, state, flags=(False, True)):
