@@ -11,7 +11,7 @@ if MLX:
 
 
 def circle(pos, per_turn):
-    """cos and sin [1 or B, 1 or H, n, P], float32, of the angles at positions [1 or B, 1 or H, n] and frequencies in 2^-32 turns a token."""
+    """cos and sin [1 or B, 1 or H, n, P], float32, of the angles at positions [1 or B, 1 or H, n], at frequencies in 2^-32 turns."""
     angle = ops.angles(pos, per_turn)
     return ops.cos(angle), ops.sin(angle)
 
