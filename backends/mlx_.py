@@ -321,6 +321,13 @@ class Module(nn.Module):
     def __call__(self, *args, **named):
         return self.forward(*args, **named)
 
+    def __setattr__(self, name, value):
+        vars(self).pop(name, None)
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            # found as any attribute is: MLX has its modules where Python looks last, which one token through many layers feels
+            vars(self)[name] = value
+
 
 ModuleList = list
 
@@ -337,8 +344,8 @@ class Linear(Module):
         return self.weight
 
     def forward(self, x):
-        w = self.weight
-        y = x @ w.astype(x.dtype).T if is_array(w) else coded_product(x, w)
+        w = self.get("weight")
+        y = x @ w.astype(x.dtype).T if w is not None else coded_product(x, self.weight)
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
 
