@@ -255,6 +255,20 @@ def test_remember_trains_and_goes_on_when_one_fails(tmp_path, capsys, monkeypatc
     assert "| `infini` |" in printed and f"{text[1]['bits_per_byte']:.3f}" in printed
     remember.main(["--table", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")])
     assert printed.endswith(capsys.readouterr().out) and (tmp_path / "r.png").is_file()
+    # rows that are made anew and others beside those that are there
+    join = ["--tasks", "text", "--join", str(tmp_path / "r.json"), "--name", "joined"]
+    remember.main([*flags, *join, "--memories", "xl-small", "tokens+xl", "infini"])
+    both = json.loads((tmp_path / "joined.json").read_text())
+    assert [row["label"] for row in both["rows"] if row["task"] == "text"] == ["none", "xl-small", "tokens+xl", "infini"]
+    assert [row for row in both["rows"] if row["task"] == "copy"] == copy and both["joined"]["command"] == r["command"]
+    again, small, and_xl = ({row["label"]: row for row in both["rows"]}[m] for m in ("infini", "xl-small", "tokens+xl"))
+    assert again["memory"] == text[1]["memory"] and small["memory"] == "xl:length=8" and "keep=xl,budget=32" in and_xl["memory"]
+    # as many vectors of keys and values in each layer, and those that they are made of
+    assert 0 < small["bytes"] < and_xl["bytes"] - 4 * small["bytes"]
+    with pytest.raises(Refused, match="text_steps 20, and this is 19"):
+        remember.main([*flags, *join, "--memories", "xl-small", "--text-steps", "19"])
+    with pytest.raises(Refused, match="no result of this script"):
+        remember.main([*flags, *join, "--join", books[0]])
     flags += ["--tasks", "copy"]
     remember.main([*flags, "--memories", "none", "--steps", "1", "--jobs", "1"])
     assert [row["steps"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]] == [1]
