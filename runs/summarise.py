@@ -32,7 +32,7 @@ from errors import Refused
 from runs import lengths
 
 # a step's time is that of starting small kernels: so few chunks in a row and many rows; chunks are short, for much is lost in them alone
-SIZES = {"chunk": 256, "chunks": 4, "beyond": 16, "k": 32, "rank": 16, "batch": 32, "steps": 120, "rows": 32, "lr": 1e-3}
+SIZES = {"chunk": 256, "chunks": 4, "beyond": 16, "k": 32, "rank": 16, "batch": 32, "steps": 120, "rows": 32, "lr": 2e-3}
 QUICK = {"chunk": 64, "chunks": 3, "beyond": 5, "k": 8, "batch": 2, "steps": 6, "rows": 2}
 COLORS = {"none": "#d1495b", "near": "#4c78a8", "absolute": "#59a14f"}
 AT_ONCE = 32  # held-out rows

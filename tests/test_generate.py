@@ -64,6 +64,25 @@ def test_a_bounded_cache_stays_flat_far_past_its_budget():
     assert max(sizes) == min(sizes)
 
 
+@pytest.mark.parametrize("memory, ahead", [("full", True), ("sinks:budget=20", True), ("window:budget=20", True), ("h2o:budget=20", False)])
+def test_where_tokens_to_come_will_stand_is_noted_once(memory, ahead):
+    session = Session(tiny(memory=memory), chunk=16, segment=8, graph=False)
+    session.read(range(16), 12)
+    for i in range(5):
+        session.step(i)
+    policy, s = session.memories[0], session.run.state["layers"][0]
+    row = lambda s: [*ops.numpy(s["pos"])[0, 0], *(ops.numpy(s["born"])[0, 0] if "born" in s else [])]
+    noted, nothing = [*range(21), *range(21, 28)], [*range(21), *[-1] * 7]
+    times = 2 if "born" in s else 1
+    assert s["n"] == 21 and row(s) == times * (noted if ahead else nothing)
+    # who does not ask how many slots are in use sees no more of them
+    assert row(policy.still(s)) == times * nothing
+    assert row(policy.packed(s))[:28] == (nothing[:21] * times if memory == "full" else times * nothing)[:28]
+    # a token that does not follow stands where it says
+    _, state = session.model(ops.array(np.array([[3]], "int32")), {**session.run.state, "next": 40}, close=False)
+    assert row(state["layers"][0])[20:23] == [20, 40, 41 if ahead else -1]
+
+
 @pytest.mark.parametrize("name", plugins.names("memory"))
 def test_room_is_made_for_what_takes_it(name):
     """A bounded memory wants no more for a longer text; a growing one exactly as much."""
