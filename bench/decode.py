@@ -234,6 +234,7 @@ def main():
                     row[f"times_{name}"] = {k: round(row["nanolong"][k] / x, 2) for k, x in row[name].items() if k != "kept"}
             result["rows"].append(row)
             cli.say(row)
+            common.save(args.name, result, args.out, quiet=True)
     common.save(args.name, result, args.out)
 
 
