@@ -381,11 +381,11 @@ def said(row):
 
 
 def grouped(r):
-    """memory -> task -> its rows, one a seed."""
-    found = {}
+    """memory -> task -> its rows, one a seed; in the order of SPELT, what is not there last."""
+    found = {label: {} for label in SPELT}
     for row in r["rows"]:
         found.setdefault(row["label"], {}).setdefault(row["task"], []).append(row)
-    return found
+    return {label: by_task for label, by_task in found.items() if by_task}
 
 
 def table(r):
