@@ -64,6 +64,30 @@ def test_a_bounded_cache_stays_flat_far_past_its_budget():
     assert max(sizes) == min(sizes)
 
 
+@pytest.mark.skipif(ops.BACKEND != "mlx", reason="MLX's steps")
+@pytest.mark.parametrize("memory", [*MEMORIES, "h2o:budget=20"])
+@pytest.mark.parametrize("attn", ["full", "window:window=9"])
+def test_mlx_s_steps_in_fewer_calls_write_the_same(monkeypatch, memory, attn):
+    from kernels import step, step_mlx
+
+    def written(fast):
+        calls = []
+        kind = lambda *args: calls.append(1) or real(*args)
+        real = step_mlx.step
+        with monkeypatch.context() as m:
+            m.setattr(step_mlx, "step", kind)
+            m.setattr(step, "written_call", lambda: step_mlx.fast_call() if fast else None)
+            session = Session(tiny(attn=attn, memory=memory), chunk=16, segment=8)
+            out = [session.read(range(30), 20)] + [session.step(i) for i in range(20)]
+            out += [session.read(range(5), 5)] + [session.step(i) for i in range(5)]
+        return np.stack([ops.numpy(x) for x in out]), len(calls)
+
+    (want, never), (got, often) = written(False), written(True)
+    assert np.abs(got - want).max() < 1e-4 * want.std() + 1e-5
+    # two layers; who looks at attention's weights does so as it is written
+    assert (never, often) == (0, 0 if memory[0] == "h" else 2 * 25)
+
+
 @pytest.mark.parametrize("memory, ahead", [("full", True), ("sinks:budget=20", True), ("window:budget=20", True), ("h2o:budget=20", False)])
 def test_where_tokens_to_come_will_stand_is_noted_once(memory, ahead):
     session = Session(tiny(memory=memory), chunk=16, segment=8, graph=False)
