@@ -32,7 +32,8 @@ class Session:
         import ops
 
         self.ops, self.model, self.chunk, self.segment = ops, model, chunk, segment
-        self.graph = graph and ops.on_gpu()
+        # elsewhere a step that knows its place on the host does less: it needs no mask
+        self.fast, self.graph = graph, graph and ops.captures()
         self.memories = [block.self_attn.memory for block in model.model.layers]
         self.grows, self.forgets = (any(getattr(memory, what) for memory in self.memories) for what in ("grows", "forgets"))
         self.restart()
@@ -92,13 +93,13 @@ class Session:
         return self.run(token, close)[0, -1]
 
     def captured(self):
-        """The one-token step, as a static graph over the state where there is a GPU."""
-        model, ops = self.model, self.ops
-        if not self.graph:
-            return ops.eager(lambda x, state, close: model(x, state, close=close), self.state)
-        from kernels.step import fast_call
+        """The one-token step, as a static graph over the state where the backend makes one."""
+        from kernels.step import fast_call, written_call
 
-        fast = fast_call()
+        model, ops = self.model, self.ops
+        fast = fast_call() if self.graph else self.fast and written_call()
+        if not fast:
+            return ops.eager(lambda x, state, close: model(x, state, close=close), self.state)
 
         def step(x, state, close):
             plain = model.run, model.model.run
@@ -108,6 +109,8 @@ class Session:
             finally:
                 model.run, model.model.run = plain
 
+        if not self.graph:
+            return ops.eager(step, self.state)
         return ops.static(step, model.still(self.state), (False, True) if self.forgets else (False,))
 
     def nbytes(self):

@@ -38,6 +38,11 @@ def on_gpu():
     return device().type == mx.gpu
 
 
+def captures():
+    """Does static() make one graph of a step here?"""
+    return on_gpu() and mx.metal.is_available()
+
+
 def seed(n):
     mx.random.seed(n)
 
@@ -203,8 +208,12 @@ def descending(x):
 def put(x, new, n):
     """Write new at slots n.. of axis 2 and return x; in place where nobody else holds it. n: int or array."""
     # out of bounds would corrupt the heap: callers check on the host
-    at = mx.array([n]) if isinstance(n, int) else n.reshape(1)
-    return mx.slice_update(x, new.astype(x.dtype), at, axes=(2,))
+    if not isinstance(n, int):
+        return mx.slice_update(x, new.astype(x.dtype), n.reshape(1), axes=(2,))
+    # another name for x, which the assignment gives another value: one kernel, where a place that is an array takes two
+    x = x[...]
+    x[:, :, n : n + new.shape[2]] = new
+    return x
 
 
 def entries(x, i, axis):
@@ -317,6 +326,13 @@ class Module(nn.Module):
     def __call__(self, *args, **named):
         return self.forward(*args, **named)
 
+    def __setattr__(self, name, value):
+        vars(self).pop(name, None)
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            # found as any attribute is: MLX has its modules where Python looks last, which one token through many layers feels
+            vars(self)[name] = value
+
 
 ModuleList = list
 
@@ -333,7 +349,8 @@ class Linear(Module):
         return self.weight
 
     def forward(self, x):
-        y = x @ self.weight.astype(x.dtype).T if is_array(self.weight) else coded_product(x, self.weight)
+        w = self.get("weight")
+        y = x @ w.astype(x.dtype).T if w is not None else coded_product(x, self.weight)
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
 
@@ -632,8 +649,9 @@ def advance(n, by):
 
 def static(step, state, flags):
     """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (token, flag) that keeps the state in
-    `.state`; x is the token as [1, 1]. On Metal each flag's step is compiled; on CUDA MLX makes graphs of its own."""
-    return eager(mx.compile(step) if mx.metal.is_available() and on_gpu() else step, state, flags)
+    `.state`; x is the token as [1, 1]. On Metal each flag's step is compiled; on CUDA that takes half a minute, and MLX makes graphs of its
+    own."""
+    return eager(mx.compile(step) if captures() else step, state, flags)
 
 
 def eager(step, state, flags=(False, True)):

@@ -52,6 +52,11 @@ def on_gpu():
     return device().type != "cpu"
 
 
+def captures():
+    """Does static() make one graph of a step here?"""
+    return device().type == "cuda"
+
+
 def seed(n):
     torch.manual_seed(n)
 
@@ -717,7 +722,7 @@ def advance(n, by):
 def static(step, state, flags):
     """step(x, state, flag) -> (y, state), whose shapes never change, as a function of (token, flag) that keeps the state in
     `.state`; x is the token as [1, 1]. On a CUDA device each flag's step is captured as a graph over the state's own buffers."""
-    return _Graphs(step, state, flags) if device().type == "cuda" else eager(step, state, flags)
+    return _Graphs(step, state, flags) if captures() else eager(step, state, flags)
 
 
 def eager(step, state, flags=(False, True)):

@@ -3,15 +3,17 @@
     python bench/decode.py --model checkpoints/SmolLM2-135M-Instruct --read 256 --write 64      # a CPU
     python bench/decode.py --shape 8b --read 1984 --write 256                                   # a GPU
     python bench/decode.py --shape 8b --read 2k,128k --chunk 4k --repeat 1 --peers --memory sinks:budget=2048 snapkv:budget=2048 full
-    NANOLONG_BACKEND=mlx python bench/decode.py --model FOLDER --read 1k --memory sinks:budget=512
+    NANOLONG_BACKEND=mlx python bench/decode.py --model FOLDER --read 4k --write 256 --memory sinks:budget=512
 
 Each memory reads each prompt, of random tokens, with one copy of the weights. What the device holds at its peak while it reads is counted
-above the weights; the written tokens that compile and capture the step are not timed.
+above the weights; the written tokens that compile and capture the step are not timed. A step is under way while the host learns the
+token before it, as in generate.py.
 
 Peers, those that are installed and do the same:
     transformers  its eager loop with its default (dynamic) cache: what `generate` does without further set-up; the prompt at once
     kvpress       the same loop on a cache that a press has brought down to `budget`, once, after the prompt; nothing goes while writing
-    mlx-lm        its own loop, with a rotating cache of `budget` tokens where the memory is bounded, 4 of them the first
+    mlx-lm        its own loop, which does the same, with a rotating cache of `budget` tokens where the memory is bounded, 4 of them the
+                  first
 """
 
 import argparse
@@ -70,12 +72,16 @@ def measure(args, model, prompt, graph=True):
     before = ops.reset_peak()
     session, start = Session(model, args.chunk, args.segment, graph), time.perf_counter()
     logits = session.read(prompt, WARM + args.write)
-    token = int(ops.argmax(logits))
+    drawn = ops.argmax(logits)
+    ops.wait(drawn)
     read, peak = time.perf_counter() - start, ops.peak_memory()
     for i in range(args.write and WARM + args.write):
         if i == WARM:
             start = time.perf_counter()
-        token = int(ops.argmax(session.step(token)))
+        known = ops.later(drawn)
+        drawn = ops.argmax(session.step(drawn))
+        session.tokens[-1] = known()
+    ops.wait(drawn)
     cell = speeds(prompt, read, args.write, time.perf_counter() - start)
     return cell | {"cache_MiB": mib(session.nbytes()), "peak_MiB_over_weights": mib(None if peak is None else peak - before)}
 
@@ -146,14 +152,20 @@ def kvpress(args, prompt, memory):
 
 
 @functools.cache
-def mlx_model(folder):
+def mlx_model(folder, shape):
     """mlx-lm's model, in the numbers that ours has."""
+    from mlx.utils import tree_flatten
     from mlx_lm import load
+    from mlx_lm.models.llama import Model, ModelArgs
 
     import ops
 
-    model = load(folder)[0]
+    sizes = {"model_type": "llama", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **(common.SHAPES[shape] if shape else {})}
+    model = Model(ModelArgs.from_dict(sizes)) if shape else load(folder)[0]
     model.set_dtype(ops.bfloat16 if ops.on_gpu() else ops.float32)
+    for _, p in tree_flatten(model.parameters()):
+        # one after the other: random ones are drawn in 32 bits
+        ops.wait(p)
     return model
 
 
@@ -164,7 +176,7 @@ def mlx_lm(args, prompt, memory):
 
     import plugins
 
-    model = mlx_model(args.model)
+    model = mlx_model(args.model, args.shape)
     size = getattr(plugins.parse("memory", memory).options, "budget", None)
     how = {"max_tokens": 1 + (args.write and WARM + args.write), "max_kv_size": size, "prefill_step_size": args.chunk}
     times = [time.perf_counter()]
@@ -178,7 +190,7 @@ def peer(name, args, prompt, memory):
     if not find_spec(package):
         return "not installed"
     if name == "mlx-lm":
-        return mlx_lm(args, prompt, memory) if args.model else "it reads checkpoints only"
+        return mlx_lm(args, prompt, memory)
     return hf(args, prompt) if name == "transformers" else kvpress(args, prompt, memory)
 
 
@@ -222,6 +234,7 @@ def main():
                     row[f"times_{name}"] = {k: round(row["nanolong"][k] / x, 2) for k, x in row[name].items() if k != "kept"}
             result["rows"].append(row)
             cli.say(row)
+            common.save(args.name, result, args.out, quiet=True)
     common.save(args.name, result, args.out)
 
 

@@ -3,17 +3,35 @@
 import ops
 from kernels import ENGINE, TRITON
 
+MLX = ops.BACKEND == "mlx"
 if TRITON:
     from kernels import rotate_triton
+if MLX:
+    from kernels import rotate_mlx
 
 
-def rotate(x, cos, sin):
-    """x [B, H, n, D], its first 2P channels turned pair by pair: pair i is (x_i, x_{i + P}); the others stay. cos, sin [1 or B, 1 or H,
-    n, P] float32, without gradients."""
+def circle(pos, per_turn):
+    """cos and sin [1 or B, 1 or H, n, P], float32, of the angles at positions [1 or B, 1 or H, n], at frequencies in 2^-32 turns."""
+    angle = ops.angles(pos, per_turn)
+    return ops.cos(angle), ops.sin(angle)
+
+
+def prepared(pos, per_turn):
+    """circle(), or what rotate() takes in its place where a kernel wants something else of one position alone."""
+    if MLX and ENGINE == "auto" and rotate_mlx.can(pos):
+        return rotate_mlx.prepared(ops.angles(pos, per_turn))
+    return circle(pos, per_turn)
+
+
+def rotate(x, *turn):
+    """x [B, H, n, D], its first 2P channels turned pair by pair: pair i is (x_i, x_{i + P}); the others stay. turn: as prepared() gives
+    it, or any cos and sin [1 or B, 1 or H, n, P] float32; without gradients."""
+    if len(turn) == 1:
+        return rotate_mlx.rotate(x, *turn)
     # few rows are for a compiler to fuse with what is around them
     if TRITON and ENGINE in ("auto", "triton") and x.shape[2] >= FEW and not ops.tracing() and rotate_triton.can(x):
-        return rotate_triton.rotate(x, cos, sin)
-    return plain(x, cos, sin)
+        return rotate_triton.rotate(x, *turn)
+    return plain(x, *turn)
 
 
 FEW = 16

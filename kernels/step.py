@@ -15,6 +15,10 @@ from memory.quantised import Memory as Quantised
 from model import MLP, Attention, Block, Llama
 from positions.base import Rotary
 
+MLX = ops.BACKEND == "mlx"
+if MLX:
+    from kernels import step_mlx
+
 
 def fast_call():
     """A function (block or head, *args) for one-token steps, as Decoder.run and Llama.run."""
@@ -31,6 +35,11 @@ def fast_call():
         return compiled(f, *args)
 
     return run
+
+
+def written_call():
+    """The same for steps that are no graph, which MLX's are not on CUDA; None: as they are written."""
+    return step_mlx.fast_call() if MLX and ENGINE == "auto" and ops.on_gpu() else None
 
 
 def step(block, x, seg, s, compiled):

@@ -8,10 +8,12 @@ A layer's state is a dict that is passed in and handed back:
     first     the position of slot 0 if the slots in use are consecutive and the host knows it, else None; the `always` leading slots
               count as standing right before the others: where they really stand matters to nobody but documents and biases
     solid     does the host know that no slot in use is empty? (not there: nothing was written yet)
+    ahead     if it is there: a slot i of the room stands at ahead + i already, where the tokens to come will (see foreseen)
     capacity  slots to allocate, an int: what survives a close and the longest segment that comes piece by piece
 Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
 """
 
+import functools
 from types import MappingProxyType
 
 import numpy as np
@@ -75,15 +77,30 @@ class Memory(Module):
 
     def write(self, attn, x, seg, s):
         """The segment joins the slots: in place where there is room, else by concatenation."""
-        new, (B, T), n = self.pack(attn, x, seg), x.shape[:2], s["n"]
-        heads = new["k"].shape[1] if self.heads_differ else 1
-        new["pos"] = ops.expand(seg.at.at, (B, heads, T))
+        new, (B, T), n, at = self.pack(attn, x, seg), x.shape[:2], s["n"], seg.at.at
+        room, ahead = self.foreseen(seg, s, T)
+        if room > T:
+            at, s = seg.at.first + ops.arange(room, at)[None, None], {**s, "ahead": ahead}
+        if room:
+            heads = new["k"].shape[1] if self.heads_differ else 1
+            new["pos"] = ops.expand(at, (B, heads, room))
         for f, what in self.beside.items():
-            new[f] = ops.expand(seg.at.at, (B, 1, T)) if what == "at" else ops.full(new["v"].shape[:3], what, ops.float32, x)
+            if what != "at":
+                new[f] = ops.full(new["v"].shape[:3], what, ops.float32, x)
+            elif room:
+                new[f] = ops.expand(at, (B, 1, room))
         consecutive = isinstance(n, int) and (n == 0 or (s["first"] is not None and seg.at.first == s["first"] + n))
         first = (s["first"] if n else seg.at.first) if consecutive else None
         solid = s.get("solid", True) and seg.at.first is not None
         return {**self.put(s, new, n), "n": ops.advance(n, T), "first": first, "solid": solid}
+
+    def foreseen(self, seg, s, T):
+        """How many slots are told where they stand as T tokens are written: these, all of the room, where the host knows of the tokens to
+        come that each follows the one before, or none, where that is done; and the state's `ahead` then."""
+        if T > 1 or not isinstance(s["n"], int) or seg.at.first is None or "pos" not in s or not foresees(type(self)):
+            return T, None
+        room, ahead = s["pos"].shape[2] - s["n"], seg.at.first - s["n"]
+        return (0 if room and s.get("ahead") == ahead else max(room, 1)), ahead
 
     def put(self, s, new, n):
         """The state with fields of T more tokens, [B, K, T, ...], behind n slots in use: in place where there is room, else by
@@ -129,7 +146,7 @@ class Memory(Module):
 
     def close(self, attn, seg, s):
         """The segment ends: what is over the size is forgotten, and there is room for the next segment behind what stays."""
-        s = self.used(s)
+        s = self.unforeseen(s)
         if self.size is not None and s["pos"].shape[2] > self.enough:
             if seg.begin is not None:
                 # a finished document frees its slots
@@ -164,7 +181,7 @@ class Memory(Module):
 
     def packed(self, s):
         """The state without the room that nothing bounds."""
-        return self.used(s) if self.size is None else s
+        return self.used(s) if self.size is None else self.make_room(self.unforeseen(s)) if "ahead" in s else s
 
     def cut(self, s, n):
         """The state, as a call left it, as it was after the text's first n tokens; None where what was forgotten cannot come back."""
@@ -192,7 +209,7 @@ class Memory(Module):
 
     def still(self, s):
         """The same state for a static graph: every slot allocated, and counters that the graph can hold."""
-        return {**self.make_room(s), "n": ops.scalar(s["n"]), "first": None}
+        return {**self.make_room(self.unforeseen(s) if "ahead" in s else s), "n": ops.scalar(s["n"]), "first": None}
 
     @property
     def grows(self):
@@ -228,10 +245,20 @@ class Memory(Module):
         n = s["n"]
         return {**s, **{f: s[f][:, :, :n] for f in self.fields if f in s}} if isinstance(n, int) and n < s["pos"].shape[2] else s
 
+    def unforeseen(self, s):
+        """The slots in use, and no word of those to come."""
+        return {k: a for k, a in self.used(s).items() if k != "ahead"}
+
     def make_room(self, s):
         """Empty slots behind those in use, up to the capacity."""
         short = s["capacity"] - s["pos"].shape[2]
         return {**s, **{f: ops.cat([s[f], blank(f, s[f], short)], 2) for f in self.fields if f in s}} if short > 0 else s
+
+
+@functools.cache
+def foresees(kind):
+    """Does this class of memories leave alone what the base makes of slots that are not in use?"""
+    return all(getattr(kind, f) is getattr(Memory, f) for f in ("write", "put", "attend", "look", "seen", "used", "close", "make_room"))
 
 
 def blank(field, like, n):

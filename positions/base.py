@@ -2,9 +2,8 @@
 
 import math
 
-import ops
 from kernels import Places
-from kernels.rotate import rotate
+from kernels.rotate import circle, prepared, rotate
 from ops import Module
 
 
@@ -88,12 +87,11 @@ class Rotary(Position):
         self.per_turn = whole_turns(self.frequencies())
 
     def turn(self, at, begin=None):
-        """cos, sin [B, 1 or K, n, D/2] in float32."""
-        return self.circle(at.at, self.per_turn)
+        """cos, sin [B, 1 or K, n, D/2] in float32, or what else kernels.rotate.prepared says."""
+        return prepared(at.at, self.per_turn)
 
-    def circle(self, pos, per_turn):
-        angle = ops.angles(pos, per_turn)
-        return ops.cos(angle), ops.sin(angle)
+    def again(self, pos, turn):
+        return circle(pos, self.per_turn)
 
     def turned(self, x, turn):
         return rotate(x, *turn[:2])

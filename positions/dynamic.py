@@ -11,6 +11,7 @@ once, as in any implementation. The length is that of the row's longest document
 import numpy as np
 
 import ops
+from kernels.rotate import circle
 from positions.base import whole_turns
 from positions.rope import Position as Rope
 
@@ -57,7 +58,7 @@ class Position(Rope):
             power = ops.constant(tuple(-2 * i / (self.D - 2) for i in range(self.D // 2)))
             slowed = self.slower(ops.cast(length, ops.float32)) ** power
             per_turn = ops.cast(slowed * ops.constant(tuple(map(float, self.per_turn))) + 0.5, ops.int32)
-        return *self.circle(at.at, per_turn), per_turn
+        return *circle(at.at, per_turn), per_turn
 
     def again(self, pos, turn):
-        return *self.circle(pos, turn[2]), turn[2]
+        return *circle(pos, turn[2]), turn[2]

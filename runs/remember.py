@@ -2,6 +2,7 @@
 
     python runs/remember.py --data NOVELS --valid TWO_OTHERS --jobs 12           # all tasks, all memories, two seeds: a GPU, minutes
     python runs/remember.py --toy --memories none infini --tasks copy            # a minute on a CPU: shows that all works
+    python runs/remember.py --tasks text --data NOVELS --valid TWO_OTHERS --jobs 9 --seeds 1 --join bench/results/remember.json
     python runs/remember.py --table bench/results/remember.json --plot docs/remember.png
 
 Protocol. Each model begins from the same random weights, is trained by train.py's own step in segments, and knows of earlier segments what
@@ -21,9 +22,15 @@ no gradient teaches them to pass anything on. `compressive` keeps its last segme
 without a gradient either: what it knows of distance 2 and beyond stands in squeezed slots alone. `tokens`, `summary`, `state`, `melodi`
 and `infini` keep no token, only vectors that they have made of them, or a matrix.
 
-Claimed: recurrent memory tokens solve copying and associative retrieval over more segments than Transformer-XL does with its cached past,
-and in short segments of text they are better than Transformer-XL, and that than no memory (Bulatov et al. 2022, arXiv:2207.06881); on text
-a compressive memory is better than Transformer-XL's (Rae et al. 2019, arXiv:1911.05507).
+On text there are two more: `xl-small` caches as many tokens as `tokens` has vectors, which is what the paper of these compares with, and
+hands on as many bytes; `tokens+xl` has both, a whole segment in the cache.
+
+Claimed: recurrent memory tokens solve copying and associative retrieval over more segments than Transformer-XL does with its cached past
+(Bulatov et al. 2022, arXiv:2207.06881). On text they are better than Transformer-XL with as many cached tokens, and that is better than no
+memory: with 10 of each, in segments of 128 bytes, 1.23 and 1.28 bits a byte (enwik8, their table 4), in segments of 50 words perplexity
+26.4, 29.0 and 39.1 (their table 5). A longer cache is better than both, 1.18 with 100 tokens, 26.5 with a whole segment, and better still
+with memory tokens beside it (24.0 and 24.1, segments of 150). A compressive memory is better than Transformer-XL's (Rae et al. 2019,
+arXiv:1911.05507).
 """
 
 import json
@@ -64,7 +71,11 @@ MEMORIES = {
     "melodi": "melodi:short=8,long=4,windows=16,closed=false",
     "infini": "infini:gate=sigmoid",
 }
-COLORS = dict(zip(MEMORIES, ("#999999", "#e0a458", "#59a14f", "#d1495b", "#e377c2", "#4c78a8", "#b07aa1", "#76b7b2")))
+# and on text alone
+ON_TEXT = {"xl-small": "xl:length=8", "tokens+xl": "tokens:size=8,keep=xl,budget={n},closed=false"}
+SPELT = MEMORIES | ON_TEXT
+COLORS = ("#999999", "#e0a458", "#59a14f", "#d1495b", "#e377c2", "#4c78a8", "#b07aa1", "#76b7b2", "#f2cf9b", "#8c2d3a")
+COLORS = dict(zip(SPELT, COLORS))
 color = lambda label: COLORS.get(label.partition(":")[0], "black")
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 TRAINING = {"segment": 20, "rows": 256, "steps": 1200, "warmup": 50, "lr": 2e-3, "farthest": 4, "beyond": 8, "fresh": 256, "seconds": 200}
@@ -286,9 +297,9 @@ def finished(part, size):
 
 def run(args, result, keep):
     """Fill result["rows"]; keep() is called after each. Returns what is missing, as sentences."""
-    seeds, missing, start = range(args.seed, args.seed + args.seeds), [], time.perf_counter()
-    # the longest first
-    asked = [(t, m, s) for s in seeds for t in sorted(args.tasks, key=lambda t: t != "text") for m in args.memories]
+    missing, done, start = [], set(), time.perf_counter()
+    asked = wanted(args)
+    order = [*(at for row in result["rows"] if (at := place(row)) not in asked), *asked]
 
     def work(what):
         task, label, seed = what
@@ -300,11 +311,12 @@ def run(args, result, keep):
             # the others are worth having without it
             cli.say(no)
             return missing.append(f"{task} with {label}, seed {seed}")
-        rows = [*result["rows"], {**row, "label": label}]
-        result["rows"] = sorted(rows, key=lambda r: asked.index((r["task"], r["label"], r["seed"])))
+        done.add(what)
+        rows = [*(r for r in result["rows"] if place(r) != (task, label, seed)), {**row, "label": label}]
+        result["rows"] = sorted(rows, key=lambda r: order.index(place(r)))
         result["seconds"] = round(time.perf_counter() - start, 1)
         keep()
-        cli.say(f"{len(result['rows']) + len(missing)} of {len(asked)}: {said(row)}")
+        cli.say(f"{len(done) + len(missing)} of {len(asked)}: {said(row)}")
 
     if args.jobs:
         if "text" in args.tasks:
@@ -319,9 +331,42 @@ def run(args, result, keep):
     return missing
 
 
+def wanted(args):
+    """Task, memory and seed of every row, the longest first."""
+    tasks = sorted(args.tasks, key=lambda t: t != "text")
+    return [(t, m, s) for s in range(args.seed, args.seed + args.seeds) for t in tasks for m in memories(t, args)]
+
+
+def memories(task, args):
+    """Those that a task is tried with."""
+    return args.memories or list(SPELT if task == "text" else MEMORIES)
+
+
 def sized(label, task, args):
     """The spelling of a memory for a task: as given, or by name alone as it is sized here."""
-    return MEMORIES.get(label, label).format(n=args.text_segment if task == "text" else args.segment)
+    return SPELT.get(label, label).format(n=args.text_segment if task == "text" else args.segment)
+
+
+def place(row):
+    return row["task"], row["label"], row["seed"]
+
+
+def joined(result, args):
+    """The result with the rows of the one that --join names, which this call makes anew or leaves as they are."""
+    sizes = lambda tasks: {k for t in tasks for k in (TEXT if t == "text" else TRAINING)}
+    try:
+        r = json.loads(args.join.read_text())
+        before, after = r["settings"], result["settings"]
+        stay = {task for row in r["rows"] if (task := row["task"]) in args.tasks and place(row) not in wanted(args)}
+        if differs := sorted(k for k in sizes(stay) if before[k] != after[k]):
+            raise Refused(f"--join {args.join} was made with {differs[0]} {before[differs[0]]}, and this is {after[differs[0]]}")
+        labels = {label: {} for label in r["memories"]} | result["memories"]
+        specs = {label: {**r["memories"].get(label, {}), **new} for label, new in labels.items()}
+        earlier = {k: r[k] for k in ("machine", "command", "joined") if k in r}
+        settings = {**after, **before, **{k: after[k] for k in sizes(args.tasks)}}
+        return {**result, "joined": earlier, "settings": settings, "memories": specs, "rows": r["rows"]}
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as no:
+        raise Refused(f"--join {args.join} is no result of this script: {type(no).__name__} {no}") from None
 
 
 # ---------------------------------------------------------------- what they say
@@ -336,11 +381,11 @@ def said(row):
 
 
 def grouped(r):
-    """memory -> task -> its rows, one a seed."""
-    found = {}
+    """memory -> task -> its rows, one a seed; in the order of SPELT, what is not there last."""
+    found = {label: {} for label in SPELT}
     for row in r["rows"]:
         found.setdefault(row["label"], {}).setdefault(row["task"], []).append(row)
-    return found
+    return {label: by_task for label, by_task in found.items() if by_task}
 
 
 def table(r):
@@ -408,7 +453,8 @@ def arguments(argv=None):
     p = lengths.parser(__doc__)
     p.add_argument("--toy", action="store_true", help="few rows, few steps")
     p.add_argument("--tasks", nargs="+", choices=[*TASKS, "text"], default=[*TASKS, "text"], metavar="TASK", help="default: all")
-    p.add_argument("--memories", nargs="+", default=list(MEMORIES), metavar="SPEC", help=f"default: {' '.join(MEMORIES)}, sized for this")
+    p.add_argument("--memories", nargs="+", metavar="SPEC", help=f"default: {' '.join(MEMORIES)}, and on text {' '.join(ON_TEXT)}")
+    p.add_argument("--join", type=Path, metavar="FILE", help="an earlier result, whose other rows stand beside these")
     p.add_argument("--seeds", type=cli.whole, default=2, metavar="N", help="how many, from --seed on (default 2)")
     p.add_argument("--jobs", type=cli.whole, default=0, metavar="N", help="processes at a time (default 0: all in this one)")
     p.add_argument("--limit", type=cli.whole, metavar="SECONDS", help="begin nothing after so many, and say what is missing")
@@ -433,7 +479,10 @@ def main(argv=None):
     args = arguments(argv)
     if args.table:
         return lengths.from_table(args, table, picture)
-    specs = {label: {t: sized(label, t, args) for t in args.tasks} for label in args.memories}
+    specs = {}
+    for t in args.tasks:
+        for label in memories(t, args):
+            specs.setdefault(label, {})[t] = sized(label, t, args)
     cli.check_spelling(memory="/".join(spec for by_task in specs.values() for spec in by_task.values()))
     train.use_backend(args.backend)
     import ops
@@ -445,6 +494,7 @@ def main(argv=None):
         **{"machine": common.machine(), "command": lengths.command(__file__), "protocol": lengths.protocol(__doc__)},
         **{"shape": SHAPE, "text_shape": TEXT_SHAPE, "settings": settings, "memories": specs, "rows": []},
     }
+    result = joined(result, args) if args.join else result
     missing = run(args, result, lengths.keeper(args.out / f"{args.name or ('remember-toy' if args.toy else 'remember')}.json", result))
     if result["rows"]:
         print(table(result))

@@ -1,7 +1,7 @@
 """Are summaries worth reading? A model's loss on held-out text by the number of chunks before it, with their summaries and without.
 
-    python runs/summarise.py --data NOVELS --valid OTHERS --plot docs/summarise.png      # a GPU, minutes
-    python runs/summarise.py --quick                                                     # a minute on a CPU: shows that all works
+    python runs/summarise.py --data NOVELS --valid OTHERS --jobs 3 --plot docs/summarise.png      # a GPU, minutes
+    python runs/summarise.py --quick                                                              # a minute on a CPU: shows that all works
 
 Protocol. train.py --adapter summary trains the vectors and their LoRA on rows of some chunks, once for each of --positions. Held-out rows
 of more chunks are then read three ways: by the trained model with the summaries of all chunks before; by the same model, each chunk by
@@ -12,9 +12,12 @@ Claimed: the loss of a chunk falls with the summaries before it (Chevalier et al
 """
 
 import shutil
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -28,9 +31,11 @@ from bench import common
 from errors import Refused
 from runs import lengths
 
-SIZES = {"chunk": 512, "chunks": 8, "beyond": 16, "k": 32, "rank": 16, "batch": 8, "steps": 120, "rows": 16, "lr": 1e-3}
+# a step's time is that of starting small kernels: so few chunks in a row and many rows; chunks are short, for much is lost in them alone
+SIZES = {"chunk": 256, "chunks": 4, "beyond": 16, "k": 32, "rank": 16, "batch": 32, "steps": 120, "rows": 32, "lr": 2e-3}
 QUICK = {"chunk": 64, "chunks": 3, "beyond": 5, "k": 8, "batch": 2, "steps": 6, "rows": 2}
 COLORS = {"none": "#d1495b", "near": "#4c78a8", "absolute": "#59a14f"}
+AT_ONCE = 32  # held-out rows
 
 
 def by_chunk(model, rows, chunk, together):
@@ -38,16 +43,16 @@ def by_chunk(model, rows, chunk, together):
     import ops
 
     found = []
-    for row in rows:
+    for some in (np.stack(rows[i : i + AT_ONCE]).astype("int32") for i in range(0, len(rows), AT_ONCE)):
         state, losses = None, []
-        for i in range(0, len(row) - 1, chunk):
-            x, y = (ops.array(row[None, i + j : i + j + chunk].astype("int32")) for j in (0, 1))
+        for i in range(0, some.shape[1] - 1, chunk):
+            x, y = (ops.array(some[:, i + j : i + j + chunk]) for j in (0, 1))
             with ops.no_grad():
-                state = state if together and state else model.start(read=len(row))
+                state = state if together and state else model.start(read=some.shape[1])
                 loss, state = model(x, state, targets=y)
-            losses.append(float(ops.numpy(loss.mean())))
-        found.append(losses)
-    return np.mean(found, 0).tolist()
+            losses.append(ops.numpy(loss).mean(1))
+        found.append(np.stack(losses, 1))
+    return np.concatenate(found).mean(0).tolist()
 
 
 def held_out(args, tokenizer, n):
@@ -59,7 +64,7 @@ def held_out(args, tokenizer, n):
 
 
 def learn(positions, folder, args):
-    """Train, and return (the checkpoint's folder, seconds)."""
+    """Train, in a process of its own if there are --jobs, and return (the checkpoint's folder, seconds)."""
     out, start = args.models.absolute() / positions, time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
     memory = f"summary:k={args.k},chunk={args.chunk},chunks={args.beyond},positions={positions}"
@@ -68,8 +73,17 @@ def learn(positions, folder, args):
     flags |= {"eval-every": args.steps, "valid-rows": 1, "keep": 1, "seed": args.seed}
     flags |= {k: getattr(args, k) for k in ("backend", "device", "dtype") if getattr(args, k)}
     files = [x for k in ("data", "valid") if getattr(args, k) for x in (f"--{k}", *getattr(args, k))]
-    if status := train.main([x for k, v in flags.items() for x in (f"--{k}", str(v))] + files):
-        raise Refused(f"positions={positions}: training ended with {status}")
+    flags = [x for k, v in flags.items() for x in (f"--{k}", str(v))] + files
+    if not args.jobs:
+        status, why = train.main(flags), ""
+    else:
+        log = out.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as said:
+            status = subprocess.run([sys.executable, str(common.ROOT / "train.py"), *flags], stdout=said, stderr=said).returncode
+        why = ":\n" + log.read_text()[-1500:]
+    if status:
+        raise Refused(f"positions={positions}: training ended with {status}{why}")
     return rundir.checkpoints(out)[-1], round(time.perf_counter() - start, 1)
 
 
@@ -102,6 +116,7 @@ def main(argv=None):
     p.add_argument("--valid", nargs="+", metavar="PATH", help="held-out texts")
     p.add_argument("--positions", nargs="+", choices=list(COLORS), default=None, help="default: all; with --quick none alone")
     p.add_argument("--models", type=Path, default=Path("out") / "summarise", metavar="FOLDER", help="what is left of the runs")
+    p.add_argument("--jobs", type=cli.whole, default=0, metavar="N", help="so many are trained at a time (default 0: all in this process)")
     p.add_argument("--quick", action="store_true", help="few rows, few steps")
     for k, default in SIZES.items():
         p.add_argument(f"--{k}", type=float if k == "lr" else cli.whole, help=f"default {default:g}")
@@ -122,9 +137,13 @@ def main(argv=None):
     read = lambda model, together: by_chunk(model, [row[: min(most, args.beyond) * args.chunk + 1] for row in rows], args.chunk, together)
     result["rows"].append({"label": "base, full attention", "loss": read(base, True)})
     del base
-    for positions in args.positions or (["none"] if args.quick else list(COLORS)):
-        trained, seconds = learn(positions, folder, args)
-        model, _ = load(trained, dtype=args.dtype, device=args.device)
+    asked = args.positions or (["none"] if args.quick else list(COLORS))
+    # into the cache, before all want it at once
+    train.corpora(SimpleNamespace(data=args.data, valid=args.valid, upsample=1), tokenizer)
+    with ThreadPoolExecutor(args.jobs or 1) as pool:
+        trained = list((pool.map if args.jobs else map)(lambda positions: learn(positions, folder, args), asked))
+    for positions, (checkpoint, seconds) in zip(asked, trained):
+        model, _ = load(checkpoint, dtype=args.dtype, device=args.device)
         for label, together in (("summaries", True), ("alone", False)):
             row = {"label": f"{label}, positions={positions}", "positions": positions, "seconds": seconds}
             result["rows"].append({**row, "loss": by_chunk(model, rows, args.chunk, together)})

@@ -64,6 +64,49 @@ def test_a_bounded_cache_stays_flat_far_past_its_budget():
     assert max(sizes) == min(sizes)
 
 
+@pytest.mark.skipif(ops.BACKEND != "mlx", reason="MLX's steps")
+@pytest.mark.parametrize("memory", [*MEMORIES, "h2o:budget=20"])
+@pytest.mark.parametrize("attn", ["full", "window:window=9"])
+def test_mlx_s_steps_in_fewer_calls_write_the_same(monkeypatch, memory, attn):
+    from kernels import step, step_mlx
+
+    def written(fast):
+        calls = []
+        kind = lambda *args: calls.append(1) or real(*args)
+        real = step_mlx.step
+        with monkeypatch.context() as m:
+            m.setattr(step_mlx, "step", kind)
+            m.setattr(step, "written_call", lambda: step_mlx.fast_call() if fast else None)
+            session = Session(tiny(attn=attn, memory=memory), chunk=16, segment=8)
+            out = [session.read(range(30), 20)] + [session.step(i) for i in range(20)]
+            out += [session.read(range(5), 5)] + [session.step(i) for i in range(5)]
+        return np.stack([ops.numpy(x) for x in out]), len(calls)
+
+    (want, never), (got, often) = written(False), written(True)
+    assert np.abs(got - want).max() < 1e-4 * want.std() + 1e-5
+    # two layers; who looks at attention's weights does so as it is written
+    assert (never, often) == (0, 0 if memory[0] == "h" else 2 * 25)
+
+
+@pytest.mark.parametrize("memory, ahead", [("full", True), ("sinks:budget=20", True), ("window:budget=20", True), ("h2o:budget=20", False)])
+def test_where_tokens_to_come_will_stand_is_noted_once(memory, ahead):
+    session = Session(tiny(memory=memory), chunk=16, segment=8, graph=False)
+    session.read(range(16), 12)
+    for i in range(5):
+        session.step(i)
+    policy, s = session.memories[0], session.run.state["layers"][0]
+    row = lambda s: [*ops.numpy(s["pos"])[0, 0], *(ops.numpy(s["born"])[0, 0] if "born" in s else [])]
+    noted, nothing = [*range(21), *range(21, 28)], [*range(21), *[-1] * 7]
+    times = 2 if "born" in s else 1
+    assert s["n"] == 21 and row(s) == times * (noted if ahead else nothing)
+    # who does not ask how many slots are in use sees no more of them
+    assert row(policy.still(s)) == times * nothing
+    assert row(policy.packed(s))[:28] == (nothing[:21] * times if memory == "full" else times * nothing)[:28]
+    # a token that does not follow stands where it says
+    _, state = session.model(ops.array(np.array([[3]], "int32")), {**session.run.state, "next": 40}, close=False)
+    assert row(state["layers"][0])[20:23] == [20, 40, 41 if ahead else -1]
+
+
 @pytest.mark.parametrize("name", plugins.names("memory"))
 def test_room_is_made_for_what_takes_it(name):
     """A bounded memory wants no more for a longer text; a growing one exactly as much."""

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from conftest import gradients
+from conftest import gradients, run, text, tiny
 
 import kernels
 import ops
 from kernels import rotate
+from positions.base import whole_turns
 
 SHAPES = {
     "one row": (1, 2, 40, 8, 4, 1, 1),
@@ -55,3 +56,31 @@ def test_triton_serves_long_texts_and_not_short_ones(monkeypatch):
         x, _, cos, sin = draw(1, 2, n, 8, 4, 1, 1, "float32")
         rotate.rotate(x, cos, sin)
     assert len(calls) == 1
+
+
+@pytest.mark.skipif(ops.BACKEND != "mlx", reason="MLX's own kernel")
+@pytest.mark.parametrize("rest", [0, 6])
+@pytest.mark.parametrize("pos", [0, 1, 1000, (1 << 20) + 7])
+def test_mlx_turns_one_position_exactly(pos, rest):
+    per_turn = whole_turns(10000.0 ** -(np.arange(8) / 8))
+    x, at = draw(1, 3, 1, 16 + rest, 8, 1, 1, "float32")[0], ops.array(np.full((1, 1, 1), pos, "int32"))
+    turns = pos * np.array(per_turn) % 2**32 / 2**32
+    cos, sin = (ops.array(f(2 * np.pi * turns).reshape(1, 1, 1, 8).astype("float32")) for f in (np.cos, np.sin))
+    (found,) = rotate.rotate_mlx.prepared(ops.angles(at, per_turn))
+    np.testing.assert_allclose(ops.numpy(rotate.rotate(x, found)), exact(x, cos, sin), atol=1e-5)
+    # counted from position 0 in float32, as the kernel would by itself
+    naive = ops.numpy(rotate.rotate(x, (2**32 / (2 * np.pi) / pos / ops.array(np.array(per_turn, "float32")))) if pos else x)
+    assert (abs(naive - exact(x, cos, sin)).max() > 1e-3) == (pos > 1 << 19), "that is not exact"
+
+
+@pytest.mark.skipif(ops.BACKEND != "mlx", reason="MLX's own kernel")
+@pytest.mark.parametrize("pos", ["rope", "yarn:factor=4", "rope:partial=0.5", "dynamic:original=8"])
+def test_a_step_by_mlx_s_own_rotation(monkeypatch, pos):
+    model, tokens, calls = tiny.__wrapped__(pos=pos, memory="sinks:budget=64"), text(12), []
+    want, state = run(model, tokens), model.start(16)
+    monkeypatch.setattr(rotate.rotate_mlx, "can", lambda pos: calls.append(pos.size) or pos.size == 1)
+    for i in range(12):
+        logits, state = model(ops.array(tokens[:, i : i + 1]), state, close=i % 4 == 3)
+        if pos[0] != "d":
+            np.testing.assert_allclose(ops.numpy(logits[:, 0]), want[:, i], atol=2e-4)
+    assert (1 in calls) == (pos[0] != "d"), "dynamic turns its keys anew each time"

@@ -13,7 +13,7 @@ import tokenizer
 import train
 from errors import Refused
 from model import Config, load, save
-from runs import extend, extrapolate, lengths, remember, stream
+from runs import extend, extrapolate, lengths, remember, stream, summarise
 
 fresh = tiny.__wrapped__
 
@@ -183,7 +183,7 @@ def test_extrapolate_reads_what_is_there_when_one_fails(tmp_path, monkeypatch, c
 
 
 def test_protocols_say_what_is_done():
-    for script in (lengths, extrapolate, remember, stream, extend):
+    for script in (lengths, extrapolate, remember, stream, extend, summarise):
         assert len(lengths.protocol(script.__doc__)) > 300
 
 
@@ -255,6 +255,20 @@ def test_remember_trains_and_goes_on_when_one_fails(tmp_path, capsys, monkeypatc
     assert "| `infini` |" in printed and f"{text[1]['bits_per_byte']:.3f}" in printed
     remember.main(["--table", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")])
     assert printed.endswith(capsys.readouterr().out) and (tmp_path / "r.png").is_file()
+    # rows that are made anew and others beside those that are there
+    join = ["--tasks", "text", "--join", str(tmp_path / "r.json"), "--name", "joined"]
+    remember.main([*flags, *join, "--memories", "xl-small", "tokens+xl", "infini"])
+    both = json.loads((tmp_path / "joined.json").read_text())
+    assert [row["label"] for row in both["rows"] if row["task"] == "text"] == ["none", "xl-small", "tokens+xl", "infini"]
+    assert [row for row in both["rows"] if row["task"] == "copy"] == copy and both["joined"]["command"] == r["command"]
+    again, small, and_xl = ({row["label"]: row for row in both["rows"]}[m] for m in ("infini", "xl-small", "tokens+xl"))
+    assert again["memory"] == text[1]["memory"] and small["memory"] == "xl:length=8" and "keep=xl,budget=32" in and_xl["memory"]
+    # as many vectors of keys and values in each layer, and those that they are made of
+    assert 0 < small["bytes"] < and_xl["bytes"] - 4 * small["bytes"]
+    with pytest.raises(Refused, match="text_steps 20, and this is 19"):
+        remember.main([*flags, *join, "--memories", "xl-small", "--text-steps", "19"])
+    with pytest.raises(Refused, match="no result of this script"):
+        remember.main([*flags, *join, "--join", books[0]])
     flags += ["--tasks", "copy"]
     remember.main([*flags, "--memories", "none", "--steps", "1", "--jobs", "1"])
     assert [row["steps"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]] == [1]
@@ -343,3 +357,48 @@ def test_every_choice_is_one_that_train_takes():
     assert extend.flags("s2", args)[:2] == ["--attn", "s2:group=16384"]
     files, valid = extend.own_library()
     assert valid and not set(files) & set(valid) and all(v.startswith("repo:") for v in valid)
+
+
+def test_chunks_with_summaries_and_alone(monkeypatch):
+    rows = text(25, 3)
+    model = fresh(memory="summary:k=2,chunks=4,chunk=8,closed=false", adapter="summary:rank=2")
+    alone, together = (np.array(summarise.by_chunk(model, list(rows), 8, way)) for way in (False, True))
+    want = [np.mean([evaluate.perplexity(model, row[i : i + 9], segment=8) for row in rows]) for i in (0, 8, 16)]
+    np.testing.assert_allclose(alone, want, rtol=1e-4)
+    np.testing.assert_allclose(
+        together, np.mean([evaluate.perplexity(model, row, segment=8).reshape(3, 8).mean(1) for row in rows], 0), rtol=1e-4
+    )
+    assert abs(together - alone)[0] < 1e-5 < 1e-3 < abs(together - alone)[1:].min(), "the first chunk has no summaries before it"
+    monkeypatch.setattr(summarise, "AT_ONCE", 2)
+    np.testing.assert_allclose(summarise.by_chunk(model, list(rows), 8, True), together, rtol=1e-5)
+    nothing = fresh(memory="none")
+    assert summarise.by_chunk(nothing, list(rows), 8, True) == summarise.by_chunk(nothing, list(rows), 8, False)
+
+
+@pytest.mark.parametrize("jobs", [0, 2])
+def test_summarise_trains_reads_and_draws(tmp_path, monkeypatch, capsys, jobs):
+    monkeypatch.setenv("NANOLONG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(train, "CACHE", tmp_path / "cache")
+    letters = extrapolate.byte_folder(tmp_path / "bytes", TINY, 16)
+    save(fresh(vocab_size=264, max_position_embeddings=16), tmp_path / "model", letters)
+    books = [novel(tmp_path / f"{i}.txt", 2000, i) for i in range(2)]
+    flags = ["--quick", "--model", str(tmp_path / "model"), "--data", books[0], "--valid", books[1], "--device", "cpu", "--lr", "0.01"]
+    flags += ["--chunk", "8", "--k", "2", "--rank", "2", "--out", str(tmp_path), "--models", str(tmp_path / "m")]
+    flags += ["--positions", "none", "near"] if jobs else []
+    summarise.main([*flags, "--jobs", str(jobs)] if jobs else flags)
+    printed, r = capsys.readouterr().out, json.loads((tmp_path / "summarise-quick.json").read_text())
+    base, *rows = r["rows"]
+    assert len(base["loss"]) == 2, "the base has positions for no more"
+    assert [row["positions"] for row in rows[::2]] == (["none", "near"] if jobs else ["none"]) and len(rows[0]["loss"]) == 5
+    # figures are those of the checkpoint as load() makes it
+    model = load(tmp_path / "m" / "none" / "step-000006", dtype="float32", device="cpu")[0]
+    tokens = tokenizer.load(letters).encode(Path(books[1]).read_text(encoding="utf-8"))
+    held = [tokens[i : i + 41] for i in range(0, len(tokens) - 40, 40)][:2]
+    assert r["held_out_rows"] == len(held)
+    for row, way in zip(rows, (True, False)):
+        np.testing.assert_allclose(row["loss"], summarise.by_chunk(model, held, 8, way), rtol=1e-4)
+    assert rows[0]["loss"][0] == pytest.approx(base["loss"][0], rel=1e-5) and rows[0]["loss"][1:] != rows[1]["loss"][1:]
+    summarise.main(["--table", str(tmp_path / "summarise-quick.json"), "--plot", str(tmp_path / "s.png")])
+    assert printed.endswith(capsys.readouterr().out) and (tmp_path / "s.png").is_file() and "| summaries, positions=none |" in printed
+    with pytest.raises(Refused, match="ended with"):
+        summarise.main([*flags, "--jobs", "1", "--lr", "-1"])
