@@ -331,6 +331,12 @@ class Linear(Module):
         y = x @ self.weight.astype(x.dtype).T if is_array(self.weight) else coded_product(x, self.weight)
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
+    def part(self, x, outs=slice(None), ins=slice(None)):
+        """Of forward() what the input's entries `ins`, which x is, do to the output's entries `outs`; with the bias if x is all of it."""
+        w = self.weight.astype(x.dtype) if is_array(self.weight) else self.weight.dense(x.dtype)
+        y = x @ w[outs, ins].T
+        return y + self.bias[outs].astype(x.dtype) if "bias" in self and ins == slice(None) else y
+
 
 def coded_product(x, w):
     """x W^T of a frozen matrix that is held as codes (adapters/_quantised.py)."""

@@ -374,6 +374,12 @@ class Linear(nn.Module):
         y = coded_product(x, self.weight)
         return y if bias is None else y + bias
 
+    def part(self, x, outs=slice(None), ins=slice(None)):
+        """Of forward() what the input's entries `ins`, which x is, do to the output's entries `outs`; with the bias if x is all of it."""
+        w = self.weight.to(x.dtype) if is_array(self.weight) else self.weight.dense(x.dtype)
+        bias = None if self.bias is None or ins != slice(None) else self.bias[outs].to(x.dtype)
+        return F.linear(x, w[outs, ins], bias)
+
 
 def coded_product(x, w):
     """x W^T of a frozen matrix that is held as codes (adapters/_quantised.py)."""

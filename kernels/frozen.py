@@ -204,7 +204,7 @@ def in_turn(a, b):
 def forward(block, halves, x, seg, s):
     """Block.forward."""
     (qkv, o, gu, down), attn, memory = halves, block.self_attn, block.self_attn.memory
-    if not fused.can(x) or x.dtype != qkv.dtype or dropping(halves) or block.tile:
+    if not fused.can(x) or x.dtype != qkv.dtype or dropping(halves) or block.tile or attn.groups > 1:
         return Block.forward(block, x, seg, s)
     if packs(memory):
         q, k, v = Front.apply(x, block.input_layernorm, qkv, attn.D, attn.H, *qkv.trained())

@@ -16,7 +16,7 @@ train.use_backend(None)
 SHAPE = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPE |= {"num_hidden_layers": 4, "tie_word_embeddings": True}
 DEFAULT = {"micro": 1, "batch": 1, "length": 1024, "segment": None, "bptt": "all", "dtype": "float32", "checkpoint": 0, "offload": False}
-DEFAULT |= {"checkpoint_offload": False, "optimizer_offload": False, "loss_chunk": 256, "mlp_tile": None}
+DEFAULT |= {"checkpoint_offload": False, "optimizer_offload": False, "loss_chunk": 256, "mlp_tile": None, "head_groups": 1}
 SEGMENTS = {"attn": "window:window=65", "memory": "window:budget=64", "segment": 256}
 WAYS = {
     "full": {},
