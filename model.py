@@ -203,15 +203,16 @@ class Attention(Module):
         k, v, slots = self.memory.seen(self, x[:, None], seg, s)
         n, y = self.H // self.groups, None
 
-        def group(x, k, v, seg, q_proj, o_proj, of):
-            q = self.heads(q_proj.part(x, outs=of))
-            return o_proj.part(self.joined(self.memory.look(self, q, k, v, slots, seg, s)), ins=of)
+        def group(given, seg, q_proj, o_proj, of):
+            x, k, v = given
+            y = self.memory.look(self, self.heads(q_proj.part(x, outs=of)), k, v, slots, seg, None)
+            return o_proj.part(self.joined(y), ins=of)
 
         for i, kv in enumerate(zip(ops.split(k, self.groups, 1), ops.split(v, self.groups, 1))):
             heads = range(n * i, n * (i + 1))
             mine = seg if seg.bias is None else seg._replace(bias=seg.bias.of(heads))
             of = slice(heads.start * self.D, heads.stop * self.D)
-            part = ops.checkpoint(group, ops.after(x, y), *kv, mine, self.q_proj, self.o_proj, of)
+            part = ops.checkpoint(group, [ops.after(x, y), *kv], mine, self.q_proj, self.o_proj, of)
             y = part if y is None else y + part
         bias = getattr(self.o_proj, "bias", None)
         return y if bias is None else y + ops.cast(bias, y.dtype)
@@ -250,8 +251,7 @@ def tiled(f, n, arrays, *modules):
     if not n or n >= T:
         return f(*arrays, *modules)
     parts = []
-    for i in range(0, T, n):
-        x, *rest = (a[:, i : i + n] for a in arrays)
+    for x, *rest in zip(*(ops.pieces(a, n, 1) for a in arrays)):
         parts.append(ops.checkpoint(f, ops.after(x, parts[-1] if parts else None), *rest, *modules))
     return ops.cat(parts, 1)
 

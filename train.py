@@ -305,10 +305,21 @@ def check_memory(a, config):
         print(line)
     if room is None or found.peak <= room:
         return line
-    a = SimpleNamespace(**{**vars(a), "bounded": bounded(config)})
+    a = SimpleNamespace(**{**vars(a), "bounded": bounded(config), "groups": groupable(config)})
     would = plan.advice(a, planned, room)
     how = f"{would} would fit" if would else "no flag of train.py makes it fit: take a smaller model or shorter rows"
     raise Refused(f"a step would take {found.peak / 2**30:.1f} GiB, and the device has {room / 2**30:.1f} free: {how}")
+
+
+def groupable(config):
+    """The least --head-groups above 1 that this model can be trained with; 1: none."""
+    n = next((n for n in range(2, config.num_key_value_heads + 1) if config.num_key_value_heads % n == 0), 1)
+    try:
+        with ops.shapes_only():
+            llama.Llama(config).group_heads(n)
+    except Refused:
+        return 1
+    return n
 
 
 def bounded(config):

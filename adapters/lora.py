@@ -83,7 +83,7 @@ class Lora(ops.Linear):
 
     def more(self, x, outs=ALL, ins=ALL):
         """s B A x."""
-        return self.scale * self.lora_B.part(self.lora_A.part(self.dropped(x, ins), ins=ins), outs)
+        return self.lora_B.part(self.scale * self.lora_A.part(self.dropped(x, ins), ins=ins), outs)
 
     def dropped(self, x, ins=ALL):
         if not self.dropout or self.seed is None:

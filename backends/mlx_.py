@@ -131,6 +131,12 @@ def split(x, n, axis):
     return mx.split(x, n, axis)
 
 
+def pieces(x, n, axis):
+    """x in pieces of n, the last one shorter where n does not divide it. Their gradients are joined once, where those of slices would be
+    as large as x, each."""
+    return mx.split(x, list(range(n, x.shape[axis], n)), axis)
+
+
 def swap(x, a, b):
     return x.swapaxes(a, b)
 
@@ -421,7 +427,8 @@ def write_safetensors(path, arrays, metadata=None):
 
 
 def checkpoint(module, x, *rest):
-    """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+    """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174). x: an array that has
+    a gradient, or a list of those."""
     # gradients reach what is an argument and nothing else: arrays, and the weights of this module and of those in `rest`.
     # A method's weights are those of the module that it belongs to, a plain function's those of modules in `rest`
     is_module = lambda t: isinstance(t, nn.Module)
@@ -440,7 +447,7 @@ def checkpoint(module, x, *rest):
 
     weights = [owner.trainable_parameters() for owner in owners]
     # of the other arrays some are constants, and nobody wants their gradients
-    return _once_more(again, len(tree_flatten(weights)) + 1, weights, x, arrays)
+    return _once_more(again, len(tree_flatten((weights, x))), weights, x, arrays)
 
 
 def checkpoint_offloaded(module, x, *rest):

@@ -2,16 +2,15 @@
 
 import numpy as np
 import pytest
-from conftest import apart, loss_and_gradients, run, text, tiny, whole
+from conftest import apart, text
 from test_adapters import fresh, moved
-from test_train import args, own_cache, world  # noqa: F401
+from test_train import args, metrics, own_cache, refusal, world  # noqa: F401
 
 import data
 import ops
 import segments
 import train
 from errors import Refused
-from model import Config, Llama
 
 T = 40
 WINDOW = {"attn": "window:window=9", "memory": "window:budget=8", "segment": 10}
@@ -64,3 +63,47 @@ def test_it_is_the_same_model(way, recomputed):
     for n in (2, 4):
         model.group_heads(n)
         same(step(model, segment), want)
+
+
+def test_a_group_is_a_part():
+    """Control: with the heads of one group twice the model is another one."""
+    model = moved(fresh(num_attention_heads=8, num_key_value_heads=4, head_dim=8))
+    want = step(model)[0]
+    model.group_heads(2)
+    one = model.model.layers[0].self_attn.q_proj
+    part, one.part = one.part, lambda x, outs: part(x, slice(0, 32))
+    assert abs(step(model)[0] / want - 1) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "groups, how, says",
+    [
+        (3, {}, "must divide"),
+        (0, {}, "must divide"),
+        (4, {}, "must divide"),
+        (2, {"memory": "h2o:budget=8"}, "all heads at once"),
+        (2, {"memory": "infini"}, "all heads at once"),
+        (2, {"attn": "longformer:own_projections=true"}, "all heads at once"),
+        (2, {"attn": "routing:window=8,clusters=2"}, "all heads at once"),
+        (2, {"adapter": "prefix"}, "all heads at once"),
+        (2, {"attn": "full/dilated"}, "lets heads differ"),
+        (2, {"attn": "s2"}, "lets heads differ"),
+        (2, {"pos": "xl"}, "weights of each head"),
+    ],
+)
+def test_what_cannot_be_parted_is_refused(groups, how, says):
+    model = fresh(**how)
+    with pytest.raises(Refused, match=says):
+        model.group_heads(groups)
+    model.group_heads(1)
+
+
+def test_a_run_is_the_same_and_what_cannot_be_is_refused(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+    losses = []
+    for name, more in ("plain", {}), ("parted", {"head-groups": 2, "mlp-tile": 16}):
+        assert train.main([*args(world, tmp_path / name, **more), "--checkpoint"]) == 0
+        losses.append([x for *_, x in metrics(tmp_path / name, "loss", "valid_loss")])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    for more, says in ({"head-groups": 3}, "divide"), ({"head-groups": 2, "attn": "duo"}, "heads differ"):
+        assert says in refusal(args(world, tmp_path / "no", **more), monkeypatch, capsys)
+    assert not (tmp_path / "no").exists()

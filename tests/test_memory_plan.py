@@ -24,6 +24,8 @@ WAYS = {
     "checkpoint": {"checkpoint": 1},
     "checkpoint 2": {"checkpoint": 2},
     "mlp tiles": {"checkpoint": 1, "mlp_tile": 128},
+    "groups": {"checkpoint": 1, "mlp_tile": 128, "head_groups": 2},
+    "lora, groups": {"adapter": "lora", "checkpoint": 1, "mlp_tile": 128, "head_groups": 2},
     "two parts": {"checkpoint": 1, "batch": 2},
     "lora": {"adapter": "lora"},
     "lora, checkpoint": {"adapter": "lora", "checkpoint": 1},
