@@ -186,11 +186,11 @@ def inside(m, act, a, T, fused):
 
 
 def in_groups(m, act, a, T):
-    """Bytes at work while attention takes its heads in groups: three arrays of a sum as wide as the model, one more where LoRA's product is
-    another part of it, or a group's queries, its answer and their gradients; and gradients of keys and values."""
+    """Bytes at work while attention takes its heads in groups, when there is no middle: three arrays of a sum as wide as the model, one more
+    where LoRA's product is another part of it, or a group's queries, its answer and their gradients; and gradients of keys and values."""
     G, C, D = a.head_groups, m.c.hidden_size, m.c.head_dim
-    sums = (3 + any(".o_proj.lora_" in n for n in m.shapes)) * C
-    return act * T * (max(sums, C + 4 * m.c.num_attention_heads * D // G) + 2 * m.c.num_key_value_heads * D)
+    sums = (2 + any(".o_proj.lora_" in n for n in m.shapes)) * C
+    return act * T * (max(sums, 4 * m.c.num_attention_heads * D // G) + 2 * m.c.num_key_value_heads * D)
 
 
 # ---------------------------------------------------------------- what would fit
