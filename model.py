@@ -364,7 +364,7 @@ class Llama(Module):
     def start(self, segment=0, total=0, read=0):
         """Nothing remembered yet. segment, total: the most tokens that will come piece by piece between closes, and at all;
         with them known, caches are allocated once. read: the text that a memory's budget may be a share of has so many; 0: total."""
-        memories = [block.self_attn.memory for block in self.model.layers]
+        memories = self.memories()
         share = {"read": read or total} if any(plugins.is_share(memory.given) for memory in memories) else {}
         if share == {"read": 0}:
             of = f"--memory {self.config.memory} is a share of a text, and here nobody knows how long the text will be"
@@ -456,6 +456,17 @@ class Llama(Module):
         """Feel distance by another spelling of --pos from now on."""
         self.config = dataclasses.replace(self.config, pos=pos)
         self.model.feel(self.config)
+
+    def gone(self, state, later):
+        """What of a state the one at the next boundary, `later`, does not have; see again()."""
+        return {**state, "layers": [m.gone(*of) for m, *of in zip(self.memories(), state["layers"], later["layers"])]}
+
+    def again(self, state, later):
+        """The state of which gone() left this."""
+        return {**state, "layers": [m.again(*of) for m, *of in zip(self.memories(), state["layers"], later["layers"])]}
+
+    def memories(self):
+        return [block.self_attn.memory for block in self.model.layers]
 
     def still(self, state):
         """The same state with static shapes and no number that only the host knows: for a step that is one graph."""

@@ -6,7 +6,7 @@
     activations   what the blocks keep for the backward pass (kept() counts it), or with --checkpoint every n-th block's input
     block         a block at work beside that: blocks that are recomputed, and the gradients inside one
     loss          logits of a chunk, three times in float32: their softmax, and two gradients
-    boundaries    with --segment: states that wait at the boundaries; the one at work and the gradients handed through it
+    boundaries    with --segment: the state at work, the gradients handed through it, and what waits of the others
 
 The peak is the largest of a few moments: the loss, the last block's backward pass, the first one's (all gradients are there), and the
 optimizer's step. A state is counted as the keys and values of its slots.
@@ -22,12 +22,14 @@ GIB = 2**30
 
 class Model(NamedTuple):
     """A model by its sizes. c: Config; shapes: name -> shape; trains: the names that take gradients; slots: how many tokens the memory of
-    each layer keeps at a boundary, None being all; whole: whether a layer sees everything."""
+    each layer keeps at a boundary, None being all; stay: how many of these are there for good, while the newest come and go, None where
+    any may go; whole: whether a layer sees everything."""
 
     c: Any
     shapes: dict
     trains: frozenset
     slots: list
+    stay: list
     whole: list
 
     def size(self, *within, trained=None):
@@ -98,14 +100,17 @@ def plan(m, a, how):
     host = {"optimizer": 8 * mine if away(a.optimizer_offload) else 0}
     resting = {"weights": weights, "optimizer": 0 if away(a.optimizer_offload) else adam, "kernels": KERNELS if how.gpu else 0}
 
-    # a state holds keys and values; at the last boundary it is there, and so is its gradient, in float32 while it is multiplied
+    # a state holds keys and values; the one at work is there, and so is its gradient, which MLX multiplies in float32
     past = [min(N - S, N if n is None else n) if a.segment else 0 for n in m.slots]
     state = act * 2 * a.micro * c.num_key_value_heads * c.head_dim * sum(past)
     waiting = -(-N // S) - 1
     waiting = waiting if a.bptt in ("all", None) else min(a.bptt, waiting)
-    host["boundaries"] = waiting * state if away(a.offload) else 0
-    resting |= {"boundaries": (1 if away(a.offload) else waiting) * state if waiting else 0}
-    resting |= {"handed": (act + 4) * state // act if waiting else 0}
+    # of one that waits those tokens that the next has not; the row is one document, or all wait whole
+    gone = sum(n if always is None else min(n, always + S if bound else always) for n, always, bound in zip(past, m.stay, m.slots))
+    wait = max(0, waiting - 1) * state * gone // max(1, sum(past))
+    host["boundaries"] = wait if away(a.offload) else 0
+    resting |= {"boundaries": state * bool(waiting) + (min(wait, state) if away(a.offload) else wait)}
+    resting |= {"handed": ((act + 4) * state // act if how.mlx else state) if waiting else 0}
 
     # MLX has no fused backward pass: what is not sparse keeps its weights, and makes three arrays as large beside them
     # of a group these too are made once more
@@ -186,8 +191,8 @@ def inside(m, act, a, T, fused):
 
 
 def in_groups(m, act, a, T):
-    """Bytes at work while attention takes its heads in groups, when there is no middle: three arrays of a sum as wide as the model, one more
-    where LoRA's product is another part of it, or a group's queries, its answer and their gradients; and gradients of keys and values."""
+    """Bytes at work while attention takes its heads in groups, when there is no middle: three arrays of a sum as wide as the model, and one
+    more where LoRA's product is a part of it, or a group's queries, its answer and their gradients; and gradients of keys and values."""
     G, C, D = a.head_groups, m.c.hidden_size, m.c.head_dim
     sums = (2 + any(".o_proj.lora_" in n for n in m.shapes)) * C
     return act * T * (max(sums, 4 * m.c.num_attention_heads * D // G) + 2 * m.c.num_key_value_heads * D)

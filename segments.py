@@ -13,8 +13,9 @@ Segments between two cuts are a run, and no two segments' activations exist at o
 
 A memory may leave an auxiliary loss when a segment closes: it is added to what is differentiated, not to the loss that is reported.
 A state is a tree of arrays and of the host's own numbers; positions and other integers have no gradient. Peak memory: one segment, the
-states at the boundaries (in the host's memory with offload), and one gradient of a state. Work: all but the last segment of each run
-are read twice; with bptt=0 none is.
+states at the boundaries (in the host's memory with offload), and one gradient of a state. Of a state only that waits which the one at
+the next boundary does not have: of a memory of the newest tokens a segment's keys and values. Work: all but the last segment of each
+run are read twice; with bptt=0 none is.
 """
 
 import ops
@@ -94,42 +95,58 @@ def forward(model, piece, loss, state):
 def backward(model, run, loss, state, grads, offload):
     """As accumulate, for a run of segments from a state on, between whose boundaries nothing is cut; returns the state after it too."""
     park = ops.parked if offload else Here
-    saved, outs, handed, after_all = [], [], None, None
+    saved, outs, handed, end = [], [], None, None
     with ops.no_grad():
         for i, piece in enumerate(run[:-1]):
-            saved.append(park(state, len(run) - 2 - i) if saved else Here(state))
             tokens, begin = inputs(piece)
             # logits are of no use here: those of one token are made, since some are
-            _, state, *_ = read(model, tokens, state, begin=begin, last=1)
-            ops.begin(state)
+            _, after, *_ = read(model, tokens, state, begin=begin, last=1)
+            # the state that this run begins with stays whole
+            gone = model.gone(state, after) if saved else None
+            ops.begin(after, gone)
+            saved.append(park(gone, len(run) - 2 - i) if saved else Here(state))
+            state, gone = after, None
     saved.append(Here(state))
     for piece in reversed(run):
-        state = saved.pop().back()
+        before = saved.pop().back()
+        # the first of them is whole, and so is the last
+        state = before if not saved or handed is None else model.again(before, state)
         if saved:
             # while this segment is computed
             saved[-1].fetch()
-
-        def f(*arrays, piece=piece, state=state, handed=handed):
-            one, after, seen, aux = forward(model, piece, loss, filled(state, arrays))
-            return one + aux + along(handed, after), one, after, *seen
-
-        (_, one, after, *seen), handed, grads = ops.accumulate_through(model, f, differing(state), grads)
+        one, seen, after, handed, grads = through(model, piece, loss, state, handed, grads, keep=end is None)
         outs.insert(0, (one, *seen))
-        after_all = after_all or after
-    return outs, after_all, grads
+        end = end or after
+    return outs, end, grads
+
+
+def through(model, piece, loss, state, handed, grads, keep):
+    """One segment with its gradients. handed: those of the state after it (used up), None: nothing comes after. Returns (the loss, what the
+    observers saw, if keep the state after it, the gradients of `state`, grads)."""
+
+    def f(*arrays):
+        one, after, seen, aux = forward(model, piece, loss, filled(state, arrays))
+        total = one + aux + along(handed, after)
+        if handed:
+            # whoever wants one in the backward pass has it, and lets go of it then
+            handed.clear()
+        return total, one, after if keep else None, *seen
+
+    (_, one, after, *seen), handed_on, grads = ops.accumulate_through(model, f, differing(state), grads)
+    return one, seen, after, handed_on, grads
 
 
 class Here:
-    """A state that stays where it is, as ops.parked() gives one that does not."""
+    """A tree that stays where it is, as ops.parked() gives one that does not."""
 
-    def __init__(self, state, more=0):
-        self.state = state
+    def __init__(self, tree, more=0):
+        self.tree = tree
 
     def fetch(self):
         pass
 
     def back(self):
-        return self.state
+        return self.tree
 
 
 def along(handed, state):

@@ -286,9 +286,10 @@ def sizes_of(model):
     """The model as plan.py wants it; it may be one of shapes alone."""
     named, observers = ops.parameters(model), tuple(model.observers())
     trains = frozenset(n for n in named if model.trains(n) and not n.startswith(observers))
-    slots = [block.self_attn.memory.size for block in model.model.layers]
+    slots = [memory.size for memory in model.memories()]
+    stay = [memory.always if memory.slides else None for memory in model.memories()]
     whole = [block.self_attn.asked.name == "full" for block in model.model.layers]
-    return plan.Model(model.config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots, whole)
+    return plan.Model(model.config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots, stay, whole)
 
 
 def runs_how(a):
@@ -334,7 +335,7 @@ def bounded(config):
 
 def reach(model, a):
     """--bptt for this model: as asked for, or as far as its memories let gradients flow. Raises Refused for what cannot be."""
-    c, memories = model.config, [block.self_attn.memory for block in model.model.layers]
+    c, memories = model.config, model.memories()
     if any(plugins.is_share(memory.given) for memory in memories):
         raise Refused(f"--memory {c.memory} is a share of a text, and training reads rows of many: give its budget in tokens")
     if any(memory.whole_rows for memory in memories):
@@ -375,10 +376,16 @@ def prepare(model, a):
     ops.set_parameters(model, {n: ops.cast(p, model.dtype) for n, p in still.items()})
     ops.freeze(model, still.keys() | observed)
     model.model.patterns(training=True)
-    frozen.use(model)
+    frozen.use(model, repeated(a))
     # read now: a checkpoint that is read lazily may be pruned before its first use
     ops.wait(ops.parameters(model))
     return model
+
+
+def repeated(a):
+    """How many rows the kernels of a segment work on, where they are so few that a GPU would wait for its host; else None."""
+    rows = (a.segment or 0) * a.micro
+    return rows if 0 < rows <= frozen.SHORT and not a.checkpoint and not a.mlp_tile and a.head_groups == 1 else None
 
 
 def corpora(a, tokenizer):

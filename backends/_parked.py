@@ -10,6 +10,7 @@ import mmap
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
@@ -19,43 +20,69 @@ SPARE = 1 << 32  # bytes of the host's memory that stay for others
 
 
 class Parked:
-    """A tree, away from the device as soon as the device gets to it. tree_map: as in ops; more: so many trees like it will follow."""
+    """A tree, away from the device as soon as the device gets to it. tree_map: as in ops; more: so many trees like it will follow.
+
+    Arrays that are alike travel as one, so that the host has little to ask for.
+    """
 
     def __init__(self, tree_map, tree, device, more=0):
-        sizes = []
-        tree_map(lambda x: sizes.append(-(-x.nbytes // LINE) * LINE), tree)
-        self.map, self.device, self.there, self.piece, at = tree_map, device, None, piece(sum(sizes), more), 0
-        lane(device).wait_stream(torch.cuda.current_stream(device))
+        alike = {}
 
         def put(x):
-            nonlocal at
-            to = self.piece[at : at + x.nbytes].view(x.dtype).view(x.shape)
-            at += -(-x.nbytes // LINE) * LINE
-            # not before the copy is done may others have the memory
-            to.copy_(x, non_blocking=True)
-            x.record_stream(lane(device))
-            return to
+            group = alike.setdefault((x.dtype, tuple(x.shape)), [])
+            group.append(x)
+            return Place((x.dtype, tuple(x.shape)), len(group) - 1)
 
+        self.map, self.tree, self.device = tree_map, tree_map(put, tree), device
+        packed = {key: torch.stack(group) for key, group in alike.items()}
+        self.piece, self.away, self.there, at = piece(sum(room(x) for x in packed.values()), more), {}, None, 0
+        lane(device).wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(lane(device)):
-            self.tree = tree_map(put, tree)
+            for key, x in packed.items():
+                to = self.away[key] = self.piece[at : at + x.nbytes].view(x.dtype).view(x.shape)
+                at += room(x)
+                to.copy_(x, non_blocking=True)
+                # not before the copy is done may others have the memory
+                x.record_stream(lane(device))
 
     def fetch(self):
         """Begin to bring it back."""
         if self.there is None:
             with torch.cuda.stream(lane(self.device)):
-                self.there = self.map(lambda x: x.to(self.device, non_blocking=True), self.tree)
+                self.there = {key: x.to(self.device, non_blocking=True) for key, x in self.away.items()}
             self.done = lane(self.device).record_event()
             # copies of later trees into this memory come behind these on the same stream
             free.setdefault(len(self.piece), []).append(self.piece)
-            self.tree = self.piece = None
+            self.away = self.piece = None
 
     def back(self):
         """The tree on the device."""
         self.fetch()
         now, there = torch.cuda.current_stream(self.device), self.there
         now.wait_event(self.done)
-        self.map(lambda x: x.record_stream(now), there)
-        return there
+        for x in there.values():
+            x.record_stream(now)
+        return filled(self.tree, there)
+
+
+class Place(NamedTuple):
+    """Where an array of a tree is: the i-th of those of this kind."""
+
+    kind: tuple
+    i: int
+
+
+def filled(tree, there):
+    if isinstance(tree, Place):
+        return there[tree.kind][tree.i]
+    if isinstance(tree, dict):
+        return {k: filled(x, there) for k, x in tree.items()}
+    return type(tree)(filled(x, there) for x in tree) if isinstance(tree, list | tuple) else tree
+
+
+def room(x):
+    """Bytes for an array, so that the next one begins at a multiple of LINE."""
+    return -(-x.nbytes // LINE) * LINE
 
 
 @functools.cache
@@ -73,10 +100,13 @@ def threads():
 
 def piece(n, more):
     """n bytes of the host's memory that copies to and from the device go by."""
+    if n == 0:
+        return torch.empty(0, dtype=torch.uint8)
     if free.get(n):
         return free[n].pop()
-    ahead = coming.setdefault(n, [])
-    while len(ahead) < min(AHEAD, more + 1):
+    # the first trees of a row are each of a size of their own
+    wanted, ahead = min(AHEAD, more + 1) if n in coming else 1, coming.setdefault(n, [])
+    while len(ahead) < wanted:
         ahead.append(threads().submit(locked, n))
     return ahead.pop(0).result()
 

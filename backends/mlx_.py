@@ -88,6 +88,11 @@ def arange(n, like):
     return mx.arange(n, dtype=int32)
 
 
+def copy(x):
+    """The same array in memory of its own, and no more of it."""
+    return x + mx.zeros((), x.dtype)
+
+
 def full(shape, fill, dtype, like=None):
     return mx.full(shape, fill, dtype=dtype)
 

@@ -100,6 +100,11 @@ def arange(n, like):
     return torch.arange(n, dtype=int32, device=like.device)
 
 
+def copy(x):
+    """The same array in memory of its own, and no more of it."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def full(shape, fill, dtype, like=None):
     return torch.full(shape, fill, dtype=dtype, device=device() if like is None else like.device)
 

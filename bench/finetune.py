@@ -12,6 +12,8 @@ optimizer included, of rows up to 32K the median of three. The learning rate is 
 
     peer      transformers' model with peft's LoRA, checkpointing and the framework's fused attention, cuDNN's where it is there
     plain     blocks as model.py has them, without kernels/frozen.py
+    profile   one more step, and what the GPU did in it: milliseconds by kernel (torch on CUDA)
+    replay=0  without kernels/replayed.py
     engine=   attention by this engine (NANOLONG_KERNEL);  hopper=0: without kernels/hopper.py
 
 --compare A B: how far the gradients of B are from those of A, the norm of their difference in norms of A's, over all matrices together
@@ -38,8 +40,8 @@ import plugins
 from errors import Refused
 
 WORDS = ("name", "attn", "pos", "memory", "adapter", "engine", "dtype")
-NUMBERS = ("length", "segment", "base_bits", "loss_chunk", "mlp_tile", "head_groups", "repeat", "hopper")
-FLAGS = ("checkpoint", "offload", "peer", "plain")
+NUMBERS = ("length", "segment", "base_bits", "loss_chunk", "mlp_tile", "head_groups", "repeat", "hopper", "replay")
+FLAGS = ("checkpoint", "offload", "peer", "plain", "profile")
 DEFAULT = {
     **dict.fromkeys(WORDS + NUMBERS),
     **dict.fromkeys(FLAGS, False),
@@ -142,7 +144,7 @@ def ours(c, shape, drawn):
         new = Coded(new, c.base_bits, getattr(ops, c.dtype or drawn)) if name in model.coded else new
         ops.set_parameters(model, {name: new})
     savers = {"checkpoint": c.checkpoint, "checkpoint_offload": False, "loss_chunk": c.loss_chunk, "mlp_tile": c.mlp_tile}
-    savers |= {"head_groups": c.head_groups or 1}
+    savers |= {"segment": None if c.replay == 0 else c.segment, "micro": 1, "head_groups": c.head_groups or 1}
     train.prepare(model, SimpleNamespace(dtype=c.dtype or drawn, **savers))
     if c.plain:
         for module in (model, *model.model.layers):
@@ -289,7 +291,22 @@ def measure(c, args, wanted):
     found = {"seconds": round(seconds, 3), "range": [round(min(times), 3), round(max(times), 3)], "tokens/s": round(c.length / seconds, 1)}
     found |= {"peak_GiB": gib(peak), "before_GiB": gib(held), **host.GiB(), "loss": round(loss, 5)}
     found |= {"made_s": round(made, 1), "warm_s": round(warmed, 1)}
+    found |= {"profile": profile(lambda: step(c.length))} if c.profile else {}
     return found, {n: ops.numpy(g) for n, g in grads().items()} if wanted else None
+
+
+def profile(step, most=40):
+    """What a step keeps the GPU busy with: milliseconds and calls of the longest kernels, and all of them beside the step's own time."""
+    import torch
+
+    start = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        step()
+        wall = time.perf_counter() - start
+    events = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
+    rows = [[round(e.self_device_time_total / 1e3, 2), e.count, e.key[:120]] for e in events[:most]]
+    total = sum(e.self_device_time_total for e in events) / 1e3
+    return {"step_ms": round(wall * 1e3, 1), "all_ms": round(total, 1), "calls": sum(e.count for e in events), "kernels": rows}
 
 
 def free():

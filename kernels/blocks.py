@@ -22,6 +22,7 @@ import ops
 from kernels import dense
 from kernels.layout import Layout, layout
 from kernels.named import named, rule_of
+from kernels.recent import Recent
 from kernels.spans import behaviours, is_causal
 from ops import Array
 
@@ -157,16 +158,10 @@ class Plan(NamedTuple):
 def planned(*how):
     """The Plan for these arguments of plan(), from those that were made last: the layers of a model, and its backward pass, find the
     arrays on the device."""
-    key = *how, stacked(), BLOCK, str(ops.device())
-    made = recent.pop(key, None)
-    recent[key] = made = made or plan(*how)
-    while len(recent) > 1 and sum(x.nbytes for x in recent.values()) > ROOM:
-        del recent[next(iter(recent))]
-    return made
+    return recent.get((*how, stacked(), BLOCK, str(ops.device())), lambda: plan(*how))
 
 
-recent = {}  # plans by everything that they depend on, the last one asked for at the end
-ROOM = 1 << 27  # bytes of arrays that are kept
+recent = Recent(1 << 27, lambda made: made.nbytes)  # bytes of arrays that are kept
 
 
 def plan(rule, q, k, docs, always, opening, heads, key_heads, rows):

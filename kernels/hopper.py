@@ -11,6 +11,7 @@ FIRST[p] to FIRST[p + 1] (plan.in_order). No list is empty.
 """
 
 import contextlib
+import functools
 import io
 
 import triton
@@ -750,9 +751,13 @@ def forward(q_desc, k_desc, v_desc, o_desc, LSE, META, FIRST, LIST, Q_AT, K_AT, 
 
 def described(x, rows):
     """x [B, H, n, D] in boxes of so many rows."""
-    kind = gl.bfloat16 if x.dtype.itemsize == 2 and "bfloat16" in str(x.dtype) else gl.float16
-    box = [1, 1, rows, x.shape[3]]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, gl.NVMMASharedLayout.get_default_for(box, kind))
+    box = 1, 1, rows, x.shape[3]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(box), shared_as(box, x.dtype))
+
+
+@functools.cache
+def shared_as(box, dtype):
+    return gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16 if "bfloat16" in str(dtype) else gl.float16)
 
 
 def run_forward(q, k, v, out, lse, work, arrays, first, layer, scale, options, keys=64):

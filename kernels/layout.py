@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import Refused
+from kernels.recent import Recent
 from kernels.spans import FAR, Span, Truth, behaviours
 
 
@@ -89,15 +90,10 @@ def layout(rule, q, k, block=128, begin=None, always=0, head=0, opening=0):
     q, k = summary(q, bq, begin), summary(k, bk)
     exempt = always, opening
     key = rule, q.tobytes(), k.tobytes(), (bq, bk), exempt, head
-    found = recent.pop(key, None)
-    recent[key] = found = found or find(rule, pyramid(q), pyramid(k), (bq, bk), exempt, head)
-    while len(recent) > 1 and sum(x.pairs.nbytes for x in recent.values()) > ROOM:
-        del recent[next(iter(recent))]
-    return found
+    return recent.get(key, lambda: find(rule, pyramid(q), pyramid(k), (bq, bk), exempt, head))
 
 
-recent = {}  # layouts by rule, options and the blocks' positions, the last one asked for at the end
-ROOM = 1 << 28  # bytes of pairs that are kept; their lists take about as much again
+recent = Recent(1 << 28, lambda found: found.pairs.nbytes)  # bytes of pairs that are kept; their lists take about as much again
 MOST = 80 << 20  # blocks of one layout, 0.7 gigabytes: a little more than the causal half of 512K tokens in blocks of 64 x 32
 
 

@@ -27,6 +27,7 @@ from kernels import plan
 from kernels.inline import compiled
 from kernels.layout import layout, within
 from kernels.named import named, rule_of
+from kernels.recent import Recent
 from kernels.spans import behaviours
 
 Maybe = Optional[Tensor]  # noqa: UP045, so that a schema can be read off
@@ -454,11 +455,8 @@ def lists(kind, q, k, call, size):
     data = (x if x is None else (x.shape, written(x)) for x in host)
     reach = call.reach() if kind == "near" else None
     key = kind, size, rule, sides, *data, B, H, K, q.device, call.always, call.opening, reach
-    made = recent.pop(key, None)
-    recent[key] = made = made or listed(kind, found(host, sides, size, rule, B, H, K, call.always, call.opening, reach), K, q.device)
-    while len(recent) > 1 and sum(x.numel() for made in recent.values() for x in made.arrays) > ROOM:
-        del recent[next(iter(recent))]
-    return made
+    make = lambda: listed(kind, found(host, sides, size, rule, B, H, K, call.always, call.opening, reach), K, q.device)
+    return recent.get(key, make)
 
 
 def written(x):
@@ -473,8 +471,8 @@ def written(x):
 # pieces of work for each program that takes a share of all: above, sharing out costs more than it gives (measured on an H100)
 MANY = {"query in order": 256, "key in order": 64}
 writings = collections.deque(maxlen=4)
-recent = {}  # Lists by everything that they depend on, the last ones asked for at the end
-ROOM = 1 << 26  # numbers that are kept on the device
+
+recent = Recent(1 << 26, lambda made: sum(x.numel() for x in made.arrays))  # numbers that are kept on the device
 
 
 def found(host, sides, size, rule, B, H, K, always, opening, reach=None):
@@ -742,7 +740,45 @@ def layer_of(rule):
     return getattr(rule.options, "layer", 0)
 
 
-# ---------------------------------------------------------------- for autograd and compilers: one node of a graph
+# ---------------------------------------------------------------- for autograd
+
+
+def called(rule, q_first, k_first, q_at, k_at, begin, always, opening, scale, slope, table):
+    """A Call of what stands behind q, k, v."""
+    return Call(rule, Where(q_first, k_first, q_at, k_at, begin), always, opening, scale, slope, table)
+
+
+def save(ctx, inputs, output):
+    q, k, v, rule, q_first, k_first, q_at, k_at, begin, always, opening, scale, slope, table = inputs
+    ctx.save_for_backward(q, k, v, *output, q_at, k_at, begin, slope, table)
+    ctx.rest = (rule, q_first, k_first), (always, opening, scale)
+    ctx.set_materialize_grads(False)
+
+
+def gradients(ctx, do, dlse, run):
+    """By run, which is flash_backward or is called as it is."""
+    q, k, v, out, lse, q_at, k_at, begin, slope, table = ctx.saved_tensors
+    first, last = ctx.rest
+    do = torch.zeros_like(out) if do is None else do
+    train_table = table is not None and ctx.needs_input_grad[-1]
+    *grads, dtable = run(q, k, v, out, lse, do, dlse, *first, q_at, k_at, begin, *last, slope, table, train_table)
+    return *grads, *[None] * 10, dtable if train_table else None
+
+
+class Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, *rest):
+        found = run_forward(q, k, v, called(*rest))
+        save(ctx, (q, k, v, *rest), found)
+        return found
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        run = lambda *given: run_backward(*given[:7], called(*given[7:-1]), given[-1])
+        return gradients(ctx, do, dlse, run)
+
+
+# for compilers: one node of a graph, whose way through torch's dispatcher takes a host longer than a short segment takes the device
 
 
 @torch.library.custom_op("nanolong::flash", mutates_args=())
@@ -750,7 +786,7 @@ def flash(
     q: Tensor, k: Tensor, v: Tensor, rule: str, q_first: int, k_first: int, q_at: Maybe, k_at: Maybe, begin: Maybe,
     always: int, opening: int, scale: float, slope: Maybe, table: Maybe,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return run_forward(q, k, v, Call(rule, Where(q_first, k_first, q_at, k_at, begin), always, opening, scale, slope, table))
+    return run_forward(q, k, v, called(rule, q_first, k_first, q_at, k_at, begin, always, opening, scale, slope, table))
 
 
 @flash.register_fake
@@ -763,7 +799,7 @@ def flash_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Maybe, rule: str, q_first: int, k_first: int, q_at: Maybe,
     k_at: Maybe, begin: Maybe, always: int, opening: int, scale: float, slope: Maybe, table: Maybe, train_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    call = Call(rule, Where(q_first, k_first, q_at, k_at, begin), always, opening, scale, slope, table)
+    call = called(rule, q_first, k_first, q_at, k_at, begin, always, opening, scale, slope, table)
     *grads, dtable = run_backward(q, k, v, out, lse, do, dlse, call, train_table)
     return *grads, lse.new_empty(0) if dtable is None else dtable
 
@@ -774,23 +810,7 @@ def _(q, k, v, *rest):
     return *map(torch.empty_like, (q, k, v)), torch.empty_like(table) if train_table else q.new_empty(0, dtype=torch.float32)
 
 
-def _save(ctx, inputs, output):
-    q, k, v, rule, q_first, k_first, q_at, k_at, begin, always, opening, scale, slope, table = inputs
-    ctx.save_for_backward(q, k, v, *output, q_at, k_at, begin, slope, table)
-    ctx.rest = (rule, q_first, k_first), (always, opening, scale)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, do, dlse):
-    q, k, v, out, lse, q_at, k_at, begin, slope, table = ctx.saved_tensors
-    first, last = ctx.rest
-    do = torch.zeros_like(out) if do is None else do
-    train_table = table is not None and ctx.needs_input_grad[-1]
-    *grads, dtable = flash_backward(q, k, v, out, lse, do, dlse, *first, q_at, k_at, begin, *last, slope, table, train_table)
-    return *grads, *[None] * 10, dtable if train_table else None
-
-
-flash.register_autograd(_backward, setup_context=_save)
+flash.register_autograd(lambda ctx, do, dlse: gradients(ctx, do, dlse, flash_backward), setup_context=save)
 
 
 def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, bias=None, lse=False):
@@ -799,5 +819,6 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     known = q_at.first is not None and k_at.first is not None
     where = (q_at.first, k_at.first, None, None) if known else (0, 0, q_at.at, k_at.at)
     slope, table = (None, None) if bias is None else bias
-    y, sums = flash(q, k, v, named(rule), *where, begin, always, opening, scale, slope, table)
+    run = flash if ops.tracing() else Flash.apply
+    y, sums = run(q, k, v, named(rule), *where, begin, always, opening, scale, slope, table)
     return (y, torch.where(sums > 1e29, -torch.inf, sums / LOG2E)) if lse else y

@@ -29,7 +29,7 @@ class Memory(Module):
     size = None  # slots that survive a close; None: all of them. What follows from a budget is a property: see settle()
     always = 0  # that many leading slots are exempt from the attention pattern,
     opening = 0  # and so are the first so many tokens of each document
-    slides = False  # are those that stay always the `always` leading slots and the newest?
+    slides = False  # are those that stay always the `always` leading slots and the newest, each as it was written?
     ordered = False  # must what stays be in order of position, in a static graph too?
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds
@@ -169,6 +169,22 @@ class Memory(Module):
     def cut(self, s, n):
         """The state, as a call left it, as it was after the text's first n tokens; None where what was forgotten cannot come back."""
         return self.used({**s, "n": n}) if self.size is None else None
+
+    def gone(self, s, later):
+        """What of a state the one at the next boundary, `later`, does not have: where memory slides, all but the newest slots."""
+        n = self.shared(s, later)
+        return {**s, **{f: ops.copy(s[f][:, :, : s["n"] - n]) for f in self.fields if f in s}, "elsewhere": n} if n else s
+
+    def again(self, s, later):
+        """The inverse: gone(s, later), later -> s."""
+        n, rest = s.get("elsewhere", 0), {f: a for f, a in s.items() if f != "elsewhere"}
+        newest = lambda f: later[f][:, :, self.always : self.always + n]
+        return {**rest, **{f: ops.cat([s[f], newest(f)], 2) for f in self.fields if f in s}} if n else rest
+
+    def shared(self, s, later):
+        """How many of a state's newest slots stand in a later state too, behind the `always` leading ones."""
+        known = self.slides and s.get("first") is not None and later.get("first") is not None and s["n"] == s["pos"].shape[2]
+        return max(0, s["first"] + s["n"] - later["first"] - self.always) if known else 0
 
     def stays(self, n):
         """Which of a text's first n tokens are remembered after them for sure, bool [n]; None where the text itself decides."""

@@ -1,3 +1,7 @@
 """Keep everything: the ordinary KV cache."""
 
-from memory.base import Memory  # noqa: F401
+from memory.base import Memory as Base
+
+
+class Memory(Base):
+    slides = True  # by nothing

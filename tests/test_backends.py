@@ -98,8 +98,8 @@ batch, out = Batch(text(40), text(40, seed=1), np.zeros((1, 40), "int32"), [[]])
 for way, (checkpoint, chunk, tile, groups, segment, bptt) in ways.items():
     memory = "sinks:budget=11,sinks=2,kv_positions=absolute" if segment else "full"
     model = moved(fresh(adapter="lora:rank=4", attn="longformer:window=9,n_global=2", memory=memory))
-    savers = {"checkpoint": checkpoint, "checkpoint_offload": False, "loss_chunk": chunk, "mlp_tile": tile, "head_groups": groups}
-    train.prepare(model, SimpleNamespace(dtype="float32", **savers))
+    how = {"segment": None, "micro": 1, "checkpoint": checkpoint, "checkpoint_offload": False, "loss_chunk": chunk, "mlp_tile": tile}
+    train.prepare(model, SimpleNamespace(dtype="float32", head_groups=groups, **how))
     if segment:
         losses, grads = segments.accumulate(model, segments.cut(batch, segment), train.nats, {}, bptt)
         loss = sum(x.item() for x, in losses)

@@ -459,7 +459,7 @@ def test_a_plan_is_made_once(use, cut, monkeypatch):
         loss_and_gradients(model, tokens, **how)
         assert len(made) == n
     # what is kept is bounded, and the last one stays
-    monkeypatch.setattr(blocks, "ROOM", 1)
+    monkeypatch.setattr(blocks.recent, "room", 1)
     loss_and_gradients(model, tokens)
     assert len(blocks.recent) == 1 and len(made) == 2
 

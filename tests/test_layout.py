@@ -12,6 +12,7 @@ import kernels
 import plugins
 from kernels import layout as module
 from kernels.layout import Layout, layout, layouts
+from kernels.recent import Recent
 from kernels.spans import FAR, Span, Truth, behaviours, is_causal, reach
 
 # rules whose blocks are known exactly, each being one condition besides causality; in the others, partial blocks may be loose
@@ -325,11 +326,26 @@ def test_answers_are_remembered_and_never_mixed_up():
 
 def test_what_is_remembered_is_bounded(monkeypatch):
     module.recent.clear()
-    monkeypatch.setattr(module, "ROOM", 4000)
+    monkeypatch.setattr(module.recent, "room", 4000)
     found = [layout(parse("full"), (0, n), (0, n), 8) for n in range(64, 128, 8)]
-    assert len(module.recent) < len(found) and sum(x.pairs.nbytes for x in module.recent.values()) <= 4000
+    assert len(module.recent) < len(found) and sum(x.pairs.nbytes for x in module.recent.made.values()) == module.recent.held <= 4000
     assert layout(parse("full"), (0, 120), (0, 120), 8) is found[-1]
     assert isinstance(layout(parse("full"), (0, 999), (0, 999), 8), Layout) and len(module.recent) == 1
+
+
+def test_asking_again_costs_the_same_however_much_is_remembered():
+    measured = []
+    kept = Recent(100, lambda x: measured.append(x) or 1)
+    for key in range(50):
+        assert kept.get(key, lambda key=key: [key]) == [key]
+    assert len(measured) == 50
+    for key in reversed(range(50)):
+        assert kept.get(key, None) == [key]
+    assert len(measured) == 50 and len(kept) == kept.held == 50
+    # the one that nobody asked for longest goes
+    kept.room = 50
+    kept.get("new", lambda: [0])
+    assert 49 not in kept.made and 48 in kept.made and len(kept) == kept.held == 50
 
 
 # intervals

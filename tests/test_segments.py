@@ -1,6 +1,7 @@
 """Training in segments: the gradient is the one that was asked for, at the memory of one segment."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -203,6 +204,61 @@ def test_what_waits_for_the_backward_pass_is_parked(monkeypatch):
     monkeypatch.setattr(ops, "parked", Watched)
     in_segments(model, b, 7, "all", True)
     assert moved == [("away", 1), ("away", 0), "fetch", "back", "fetch", "back"], "4 segments, 3 boundaries, the last one here"
+
+
+def arrays_of(tree):
+    found = []
+    ops.tree_map(found.append, tree)
+    return [ops.numpy(x) for x in found]
+
+
+@pytest.mark.parametrize("segment", [3, 7, 20])
+@pytest.mark.parametrize(
+    "memory, slides",
+    [
+        ("full", True),
+        ("window:budget=10", True),
+        ("sinks:budget=12,sinks=4", True),
+        ("sinks:budget=12,sinks=4,kv_positions=absolute", True),
+        ("xl:length=10", False),
+        ("h2o:budget=10", False),
+    ],
+)
+def test_of_a_state_only_that_waits_which_the_next_has_not(memory, slides, segment):
+    """And with it the state is there again, bit by bit."""
+    model, state, states = tiny(memory=memory), None, []
+    tokens = text(100, 2)
+    with ops.no_grad():
+        for i in range(0, 100, segment):
+            _, state, *_ = segments.read(model, ops.array(tokens[:, i : i + segment]), state)
+            states.append(state)
+    for before, after in pairwise(states):
+        gone = model.gone(before, after)
+        again = model.again(gone, after)
+        assert again.keys() == before.keys() and [s.keys() for s in again["layers"]] == [s.keys() for s in before["layers"]]
+        for a, b in zip(arrays_of(again), arrays_of(before), strict=True):
+            assert a.dtype == b.dtype and np.array_equal(a, b)
+        # what waits: rows that the next has not, beside the leading ones
+        rows, leading = gone["layers"][0]["pos"].shape[-1], model.memories()[0].always
+        if slides and before["layers"][0]["n"] > leading:
+            assert rows <= leading + segment and rows < before["layers"][0]["n"] + (segment >= 10)
+        elif not slides:
+            assert gone["layers"][0]["pos"] is before["layers"][0]["pos"]
+
+
+def test_a_state_of_documents_waits_whole():
+    begin = np.where(np.arange(21) < 12, 0, 12)[None].astype("int32")
+    model, b = tiny(memory="window:budget=10"), data.Batch(text(21), text(21), begin, [[]])
+    states, state = [], None
+    with ops.no_grad():
+        for piece in segments.cut(b, 7):
+            tokens, begin = segments.inputs(piece)
+            _, state, *_ = segments.read(model, tokens, state, begin=begin)
+            states.append(state)
+    # its slots have changed since
+    assert model.gone(states[1], states[2])["layers"][0].keys() == states[1]["layers"][0].keys()
+    for a, b in zip(arrays_of(model.again(model.gone(states[1], states[2]), states[2])), arrays_of(states[1]), strict=True):
+        assert np.array_equal(a, b)
 
 
 def test_a_saved_state_holds_no_room():
