@@ -30,6 +30,7 @@ from adapters import _peft as peft
 from errors import Refused
 from kernels import Places, coded
 from kernels.spans import behaviours
+from memory.base import Memory
 from ops import Module, ModuleList
 from positions import _hf as rope
 
@@ -173,6 +174,7 @@ class Attention(Module):
         self.o_proj = ops.Linear(self.H * self.D, c.hidden_size, c.attention_bias)
         self.asked = self.rule = rule
         self.memory = memory
+        self.groups = 1  # training: key heads with their query heads are taken in so many groups, one after the other
 
     def heads(self, x):  # [B, T, heads * D] -> [B, heads, T, D]
         return ops.swap(x.reshape(x.shape[0], x.shape[1], -1, self.D), 1, 2)
@@ -180,14 +182,40 @@ class Attention(Module):
     def kv(self, x):
         return self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
 
+    def joined(self, y):  # [B, heads, T, D] -> [B, T, heads * D]
+        return ops.swap(y, 1, 2).reshape(y.shape[0], y.shape[2], -1)
+
     def forward(self, x, seg, s):
-        q = self.heads(self.q_proj(x))
         # the segment joins what is remembered, so past and present are seen as one; only at its end is anything forgotten
         s = self.memory.write(self, x, seg, s)
-        y, s = self.memory.attend(self, q, seg, s)
+        if self.groups > 1:
+            y = self.by_groups(x, seg, s)
+        else:
+            y, s = self.memory.attend(self, self.heads(self.q_proj(x)), seg, s)
+            y = self.o_proj(self.joined(y))
         if seg.close:
             s = self.memory.close(self, seg, s)
-        return self.o_proj(ops.swap(y, 1, 2).reshape(x.shape[0], x.shape[1], -1)), s
+        return y, s
+
+    def by_groups(self, x, seg, s):
+        """The same of a group of heads after the other, each made once more in the backward pass: queries and answers of all heads are
+        never there at once. Keys and values are, since they are remembered."""
+        k, v, slots = self.memory.seen(self, x[:, None], seg, s)
+        n, y = self.H // self.groups, None
+
+        def group(given, seg, q_proj, o_proj, of):
+            x, k, v = given
+            y = self.memory.look(self, self.heads(q_proj.part(x, outs=of)), k, v, slots, seg, None)
+            return o_proj.part(self.joined(y), ins=of)
+
+        for i, kv in enumerate(zip(ops.split(k, self.groups, 1), ops.split(v, self.groups, 1))):
+            heads = range(n * i, n * (i + 1))
+            mine = seg if seg.bias is None else seg._replace(bias=seg.bias.of(heads))
+            of = slice(heads.start * self.D, heads.stop * self.D)
+            part = ops.checkpoint(group, [ops.after(x, y), *kv], mine, self.q_proj, self.o_proj, of)
+            y = part if y is None else y + part
+        bias = getattr(self.o_proj, "bias", None)
+        return y if bias is None else y + ops.cast(bias, y.dtype)
 
 
 class MLP(Module):
@@ -223,8 +251,7 @@ def tiled(f, n, arrays, *modules):
     if not n or n >= T:
         return f(*arrays, *modules)
     parts = []
-    for i in range(0, T, n):
-        x, *rest = (a[:, i : i + n] for a in arrays)
+    for x, *rest in zip(*(ops.pieces(a, n, 1) for a in arrays)):
         parts.append(ops.checkpoint(f, ops.after(x, parts[-1] if parts else None), *rest, *modules))
     return ops.cat(parts, 1)
 
@@ -391,6 +418,21 @@ class Llama(Module):
         count = ops.cumsum(ops.cast(live, ops.int32), 1)
         pos = ops.where(live, count - 1 + (start if isinstance(start, int) else start[:, None]), -1)
         return pos[:, None], count[:, -1]
+
+    def group_heads(self, n):
+        """Training: let attention take its heads in n groups (Attention.by_groups). Raises Refused where heads need each other."""
+        c, said = self.config, f"--head-groups {n}"
+        if n < 1 or c.num_key_value_heads % n:
+            raise Refused(f"{said} is not possible: it must divide the model's {c.num_key_value_heads} key heads")
+        for block in self.model.layers:
+            attn, memory = block.self_attn, type(block.self_attn.memory)
+            if n > 1 and any(getattr(memory, f) is not getattr(Memory, f) for f in ("attend", "look", "seen")):
+                raise Refused(f"{said}: --memory {c.memory} with --attn {c.attn} and --adapter {c.adapter} works on all heads at once")
+            if n > 1 and any(behaviours(attn.asked, attn.H)):
+                raise Refused(f"{said}: --attn {attn.asked} lets heads differ, and a group would not know which ones it has")
+            attn.groups = n
+        if n > 1 and any(p.by_head for p in self.model.positions):
+            raise Refused(f"{said}: --pos {c.pos} has weights of each head in its queries: take another")
 
     def trains(self, name):
         """Does the parameter of this name train, by gradients or by what it observes?"""

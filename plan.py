@@ -87,7 +87,8 @@ def plan(m, a, how):
     c, act, L, C = m.c, how.act, m.c.num_hidden_layers, m.c.hidden_size
     N, S = a.length, a.segment or a.length
     T = a.micro * S  # tokens at work
-    fused = how.fused and not a.mlp_tile and all(".lora_" in n or ".memory." in n for n in m.trains) and m.size("lora_mag") == 0
+    plain = a.mlp_tile or a.head_groups > 1 or m.size("lora_mag")
+    fused = how.fused and not plain and all(".lora_" in n or ".memory." in n for n in m.trains)
     mine, frozen = m.size("", trained=True), m.size("", trained=False)
     away = lambda flag: flag and how.gpu
 
@@ -112,14 +113,17 @@ def plan(m, a, how):
     resting |= {"handed": ((act + 4) * state // act if how.mlx else state) if waiting else 0}
 
     # MLX has no fused backward pass: what is not sparse keeps its weights, and makes three arrays as large beside them
-    scores = [act * c.num_attention_heads * T * (S + n) * (how.mlx and everything) for n, everything in zip(past, m.whole)]
-    blocks = [kept(m, how, a, T, n * a.micro, fused) + s for n, s in zip(past, scores)]
+    # of a group these too are made once more
+    H, whole = c.num_attention_heads // a.head_groups, a.head_groups == 1
+    scores = [act * H * T * (S + n) * (how.mlx and everything) for n, everything in zip(past, m.whole)]
+    blocks = [kept(m, how, a, T, n * a.micro, fused) + s * whole for n, s in zip(past, scores)]
     x = act * C * T
     group = sum(sorted(blocks)[-a.checkpoint :]) - x if a.checkpoint else 0
     inputs = -(-L // a.checkpoint) * x if a.checkpoint else 0
     host["activations"] = inputs if a.checkpoint and away(a.checkpoint_offload) else 0
     activations = (2 * x if host["activations"] else inputs) if a.checkpoint else sum(blocks)
-    block = group + x + max(inside(m, act, a, T, fused), 3 * max(scores))
+    attention = 3 * max(scores) if whole else in_groups(m, act, a, T) + 4 * max(scores)
+    block = group + x + max(inside(m, act, a, T, fused), attention)
 
     head, n = ("lm_head." if m.size("lm_head.") else "embed_tokens."), min(T, a.loss_chunk)
     trained = m.size(head, trained=True)
@@ -161,10 +165,14 @@ def kept(m, how, a, T, past, fused):
     total = 2 * act * KD * (T + past) + 4 * T * (H + 2)
     if fused:
         return total + act * T * (2 * C + 2 * HD + 2 * F + 4 * 64)
-    # the block's input and the middle, queries, attention's answer
-    numbers = 2 * C + 2 * HD + ranks
-    # what a product reads, and on a CPU attention's answer in another layout
-    numbers += C * m.reads("q_proj", "k_proj", "v_proj") + HD * (not how.gpu) * m.reads("o_proj")
+    # the block's input and the middle
+    numbers = 2 * C + ranks
+    if a.head_groups > 1:
+        # what each group begins with
+        numbers += C
+    else:
+        # queries and attention's answer; what a product reads, and on a CPU attention's answer in another layout
+        numbers += 2 * HD + C * m.reads("q_proj", "k_proj", "v_proj") + HD * (not how.gpu) * m.reads("o_proj")
     if not a.mlp_tile:
         # the gate's two sides, and silu of one
         numbers += 3 * F + C * m.reads("gate_proj", "up_proj") + F * m.reads("down_proj")
@@ -182,6 +190,14 @@ def inside(m, act, a, T, fused):
     return act * (C + F) * T if fused else act * 2 * F * T if tile == T else act * ((2 + 4) * F * tile + C * T)
 
 
+def in_groups(m, act, a, T):
+    """Bytes at work while attention takes its heads in groups, when there is no middle: three arrays of a sum as wide as the model, and one
+    more where LoRA's product is a part of it, or a group's queries, its answer and their gradients; and gradients of keys and values."""
+    G, C, D = a.head_groups, m.c.hidden_size, m.c.head_dim
+    sums = (2 + any(".o_proj.lora_" in n for n in m.shapes)) * C
+    return act * T * (max(sums, 4 * m.c.num_attention_heads * D // G) + 2 * m.c.num_key_value_heads * D)
+
+
 # ---------------------------------------------------------------- what would fit
 
 SAVERS = {
@@ -189,7 +205,8 @@ SAVERS = {
     "--loss-chunk 512": lambda a: {"loss_chunk": min(a.loss_chunk, 512)},
     "--mlp-tile 1k": lambda a: {"mlp_tile": min(a.mlp_tile or 1024, 1024)},
     "--micro 1": lambda a: {"micro": 1, "stages": [stage._replace(micro=max(1, stage.micro // a.micro)) for stage in a.stages]},
-    "--segment 2k --memory {}": lambda a: {"segment": 2048, "memory": a.bounded, "bptt": "all"} if can_segment(a) else {},
+    "--head-groups {groups}": lambda a: {"head_groups": a.groups} if a.groups > a.head_groups else {},
+    "--segment 2k --memory {bounded}": lambda a: {"segment": 2048, "memory": a.bounded, "bptt": "all"} if can_segment(a) else {},
     "--offload": lambda a: {"offload": True} if a.segment else {},
     "--checkpoint-offload": lambda a: {"checkpoint_offload": True} if a.checkpoint else {},
     "--optimizer-offload": lambda a: {"optimizer_offload": True},
@@ -207,7 +224,7 @@ def advice(a, look, room):
     look(a): the Plan for these arguments."""
     fits = lambda a: look(a).peak <= room
     changed = lambda a, more: type(a)(**{**vars(a), **more})
-    flags = {flag.format(a.bounded): change for flag, change in SAVERS.items()}
+    flags = {flag.format(**vars(a)): change for flag, change in SAVERS.items()}
     for flag, change in flags.items():
         if change(a) and fits(changed(a, change(a))):
             return flag

@@ -51,12 +51,12 @@ DEFAULTS = {
 }
 COMMON = {"micro": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "keep": 2, "offload": False}
 COMMON |= {"loss_chunk": 2048, "upsample": 1, "rewarm": 0, "checkpoint_offload": False, "optimizer_offload": False}
-COMMON |= {"memory_plan": False}
+COMMON |= {"memory_plan": False, "head_groups": 1}
 UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "adapter", "device", "dtype", "segment", "bptt", "lr", "min_lr")
 UNSET += ("base_bits", "eval_every", "save_every", "out", "mlp_tile", "curriculum", "stages")
 POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk", "upsample")
 # what a resumed run may change: nothing that moves its losses
-FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload", "loss_chunk", "mlp_tile"}
+FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload", "loss_chunk", "mlp_tile", "head_groups"}
 FREE |= {"checkpoint", "checkpoint_offload", "optimizer_offload", "memory_plan"}
 
 
@@ -117,6 +117,9 @@ def parse(argv=None):
     p.add_argument("--loss-chunk", type=cli.whole, metavar="TOKENS", help="logits of so many tokens exist at once (default 2048)")
     p.add_argument(
         "--mlp-tile", type=cli.whole, metavar="TOKENS", help="an MLP takes so many tokens at once: less memory, a third forward of it"
+    )
+    p.add_argument(
+        "--head-groups", type=cli.whole, metavar="G", help="attention takes its heads in G groups, one after the other: less memory, slower"
     )
     p.add_argument("--memory-plan", action="store_true", help="say what memory a step will take, part by part, and leave")
     p.add_argument("--eval-every", type=cli.whole, metavar="STEPS", help="default: a quarter of --steps")
@@ -250,6 +253,7 @@ def config_of(a, source):
         config = llama.dataclasses.replace(config, pos=stage.pos)
         with ops.shapes_only():
             model = llama.Llama(config)
+        model.group_heads(a.head_groups)
     if not a.segment and getattr(model.adapter.module, "NEEDS_SEGMENTS", False):
         raise Refused(f"--adapter {model.adapter} trains what carries the past from segment to segment: give --segment too")
     if a.segment:
@@ -302,10 +306,21 @@ def check_memory(a, config):
         print(line)
     if room is None or found.peak <= room:
         return line
-    a = SimpleNamespace(**{**vars(a), "bounded": bounded(config)})
+    a = SimpleNamespace(**{**vars(a), "bounded": bounded(config), "groups": groupable(config)})
     would = plan.advice(a, planned, room)
     how = f"{would} would fit" if would else "no flag of train.py makes it fit: take a smaller model or shorter rows"
     raise Refused(f"a step would take {found.peak / 2**30:.1f} GiB, and the device has {room / 2**30:.1f} free: {how}")
+
+
+def groupable(config):
+    """The least --head-groups above 1 that this model can be trained with; 1: none."""
+    n = next((n for n in range(2, config.num_key_value_heads + 1) if config.num_key_value_heads % n == 0), 1)
+    try:
+        with ops.shapes_only():
+            llama.Llama(config).group_heads(n)
+    except Refused:
+        return 1
+    return n
 
 
 def bounded(config):
@@ -354,6 +369,7 @@ def prepare(model, a):
     model.model.run = (ops.checkpoint_offloaded if a.checkpoint_offload else ops.checkpoint) if a.checkpoint else ops.call
     for block in model.model.layers:
         block.tile = a.mlp_tile
+    model.group_heads(a.head_groups)
     named, observers = ops.parameters(model), tuple(model.observers())
     observed = {n for n in named if n.startswith(observers)}
     still = {n: p for n, p in named.items() if n not in observed and not model.trains(n)}
@@ -369,7 +385,7 @@ def prepare(model, a):
 def repeated(a):
     """How many rows the kernels of a segment work on, where they are so few that a GPU would wait for its host; else None."""
     rows = (a.segment or 0) * a.micro
-    return rows if 0 < rows <= frozen.SHORT and not a.checkpoint and not a.mlp_tile else None
+    return rows if 0 < rows <= frozen.SHORT and not a.checkpoint and not a.mlp_tile and a.head_groups == 1 else None
 
 
 def corpora(a, tokenizer):

@@ -22,6 +22,7 @@ from kernels.coded import at, dense
 
 # ten times what suits all weights
 LR = 1e-3
+ALL = slice(None)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -62,26 +63,34 @@ class Lora(ops.Linear):
             self.lora_magnitude_vector = ops.Embedding(n_out, 1)
 
     def forward(self, x):
-        y = super().forward(x)
+        return self.and_more(super().forward(x), x)
+
+    def part(self, x, outs=ALL, ins=ALL):
+        return self.and_more(super().part(x, outs, ins), x, outs, ins)
+
+    def and_more(self, y, x, outs=ALL, ins=ALL):
+        """What the frozen matrix made of x, and what trains beside it; of a part() that of the same part."""
         if self._merged is not None:
             return y
-        more = self.more(x)
+        more = self.more(x, outs, ins)
         if not self.dora:
             return y + more
-        bias, ratio = getattr(self, "bias", None), ops.cast(self.ratio()[:, 0], x.dtype)
+        bias, ratio = getattr(self, "bias", None) if ins == ALL else None, ops.cast(self.ratio()[outs, 0], x.dtype)
         if bias is None:
             return ratio * (y + more)
-        bias = ops.cast(bias, x.dtype)
+        bias = ops.cast(bias[outs], x.dtype)
         return ratio * (y - bias + more) + bias
 
-    def more(self, x):
+    def more(self, x, outs=ALL, ins=ALL):
         """s B A x."""
-        return self.scale * self.lora_B(self.lora_A(self.dropped(x)))
+        return self.lora_B.part(self.scale * self.lora_A.part(self.dropped(x, ins), ins=ins), outs)
 
-    def dropped(self, x):
+    def dropped(self, x, ins=ALL):
         if not self.dropout or self.seed is None:
             return x
-        return ops.where(ops.chance(x.shape, 1 - self.dropout, self.seed), x / (1 - self.dropout), 0.0)
+        # a part of the input loses the entries that it loses in the whole
+        stay = ops.chance((*x.shape[:-1], self.lora_A.weight.shape[1]), 1 - self.dropout, self.seed)
+        return ops.where(stay[..., ins], x / (1 - self.dropout), 0.0)
 
     def product(self):
         """s B A, float32 [n_out, n_in]."""

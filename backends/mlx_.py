@@ -141,6 +141,12 @@ def split(x, n, axis):
     return mx.split(x, n, axis)
 
 
+def pieces(x, n, axis):
+    """x in pieces of n, the last one shorter where n does not divide it. Their gradients are joined once, where those of slices would be
+    as large as x, each."""
+    return mx.split(x, list(range(n, x.shape[axis], n)), axis)
+
+
 def swap(x, a, b):
     return x.swapaxes(a, b)
 
@@ -353,6 +359,12 @@ class Linear(Module):
         y = x @ w.astype(x.dtype).T if w is not None else coded_product(x, self.weight)
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
+    def part(self, x, outs=slice(None), ins=slice(None)):
+        """Of forward() what the input's entries `ins`, which x is, do to the output's entries `outs`; with the bias if x is all of it."""
+        w = self.weight.astype(x.dtype) if is_array(self.weight) else self.weight.dense(x.dtype)
+        y = x @ w[outs, ins].T
+        return y + self.bias[outs].astype(x.dtype) if "bias" in self and ins == slice(None) else y
+
 
 def coded_product(x, w):
     """x W^T of a frozen matrix that is held as codes (adapters/_quantised.py)."""
@@ -437,7 +449,8 @@ def write_safetensors(path, arrays, metadata=None):
 
 
 def checkpoint(module, x, *rest):
-    """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+    """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174). x: an array that has
+    a gradient, or a list of those."""
     # gradients reach what is an argument and nothing else: arrays, and the weights of this module and of those in `rest`.
     # A method's weights are those of the module that it belongs to, a plain function's those of modules in `rest`
     is_module = lambda t: isinstance(t, nn.Module)
@@ -456,7 +469,7 @@ def checkpoint(module, x, *rest):
 
     weights = [owner.trainable_parameters() for owner in owners]
     # of the other arrays some are constants, and nobody wants their gradients
-    return _once_more(again, len(tree_flatten(weights)) + 1, weights, x, arrays)
+    return _once_more(again, len(tree_flatten((weights, x))), weights, x, arrays)
 
 
 def checkpoint_offloaded(module, x, *rest):

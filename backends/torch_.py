@@ -153,6 +153,12 @@ def split(x, n, axis):
     return x.chunk(n, axis)
 
 
+def pieces(x, n, axis):
+    """x in pieces of n, the last one shorter where n does not divide it. Their gradients are joined once, where those of slices would be
+    as large as x, each."""
+    return x.split(n, axis)
+
+
 def swap(x, a, b):
     return x.transpose(a, b)
 
@@ -384,6 +390,12 @@ class Linear(nn.Module):
         y = coded_product(x, self.weight)
         return y if bias is None else y + bias
 
+    def part(self, x, outs=slice(None), ins=slice(None)):
+        """Of forward() what the input's entries `ins`, which x is, do to the output's entries `outs`; with the bias if x is all of it."""
+        w = self.weight.to(x.dtype) if is_array(self.weight) else self.weight.dense(x.dtype)
+        bias = None if self.bias is None or ins != slice(None) else self.bias[outs].to(x.dtype)
+        return F.linear(x, w[outs, ins], bias)
+
 
 def coded_product(x, w):
     """x W^T of a frozen matrix that is held as codes (adapters/_quantised.py)."""
@@ -479,8 +491,13 @@ def write_safetensors(path, arrays, metadata=None):
 
 
 def checkpoint(module, x, *rest):
-    """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
-    return _checkpoint(module, x, *rest, use_reentrant=False)
+    """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174). x: an array that has
+    a gradient, or a list of those."""
+    if is_array(x):
+        return _checkpoint(module, x, *rest, use_reentrant=False)
+    # what is not an argument by itself would be held for the backward pass, even inside of what is made once more
+    n = len(x)
+    return _checkpoint(lambda *given: module(given[:n], *given[n:]), *x, *rest, use_reentrant=False)
 
 
 def checkpoint_offloaded(module, x, *rest):

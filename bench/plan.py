@@ -20,6 +20,7 @@ CASES = {
     "135m full, checkpoint": ("135m", None, {}, {"length": 32768, "checkpoint": 1}),
     "135m full, checkpoint 4, two parts": ("135m", None, {}, {"length": 16384, "checkpoint": 4, "rows": 2}),
     "135m full, mlp tiles": ("135m", None, {}, {"length": 32768, "checkpoint": 1, "mlp_tile": 2048}),
+    "135m full, groups": ("135m", None, {}, {"length": 32768, "checkpoint": 1, "mlp_tile": 2048, "head_groups": 3}),
     "135m full, segments": ("135m", None, SMALL, {"length": 32768, "segment": 4096}),
     "135m full, inputs and averages on the host": (
         "135m", None, {}, {"length": 32768, "checkpoint": 1, "checkpoint_offload": True, "optimizer_offload": True},
@@ -27,6 +28,8 @@ CASES = {
     "8b full": ("8b", 3, {}, {"length": 4096}),
     "8b lora": ("8b", 3, LORA, {"length": 16384}),
     "8b lora, checkpoint": ("8b", 3, LORA, {"length": 65536, "checkpoint": 1}),
+    "8b lora, mlp tiles": ("8b", 3, LORA, {"length": 65536, "checkpoint": 1, "mlp_tile": 4096}),
+    "8b lora, groups": ("8b", 3, LORA, {"length": 65536, "checkpoint": 1, "mlp_tile": 4096, "head_groups": 4}),
     "8b lora, large loss chunk": ("8b", 3, LORA, {"length": 16384, "checkpoint": 1, "loss_chunk": 16384}),
     "8b lora, segments": ("8b", 3, {**LORA, **LONG}, {"length": 65536, "segment": 16384}),
     "8b lora, segments, offload": ("8b", 3, {**LORA, **LONG}, {"length": 65536, "segment": 8192, "offload": True}),
@@ -34,11 +37,12 @@ CASES = {
     "tiny full, one chunk": ("tiny", 6, {}, {"length": 2048}),
     "tiny full, checkpoint": ("tiny", 6, {}, {"length": 2048, "checkpoint": 1, "loss_chunk": 256}),
     "tiny full, mlp tiles": ("tiny", 6, {}, {"length": 2048, "checkpoint": 2, "loss_chunk": 256, "mlp_tile": 256}),
+    "tiny full, groups": ("tiny", 6, {}, {"length": 2048, "checkpoint": 2, "loss_chunk": 256, "mlp_tile": 256, "head_groups": 2}),
     "tiny lora": ("tiny", 6, LORA, {"length": 2048, "loss_chunk": 256}),
     "tiny lora, segments": ("tiny", 6, {**LORA, **SMALL}, {"length": 4096, "segment": 1024, "loss_chunk": 256}),
 }  # fmt: skip
 DEFAULT = {"micro": 1, "rows": 1, "segment": None, "bptt": "all", "dtype": None, "checkpoint": 0, "checkpoint_offload": False}
-DEFAULT |= {"offload": False, "optimizer_offload": False, "loss_chunk": 2048, "mlp_tile": None}
+DEFAULT |= {"offload": False, "optimizer_offload": False, "loss_chunk": 2048, "mlp_tile": None, "head_groups": 1}
 
 
 def measured(shape, layers, mechanisms, given):

@@ -222,7 +222,7 @@ def in_turn(a, b):
 def forward(block, halves, still, x, seg, s):
     """Block.forward."""
     (qkv, o, gu, down), attn, memory = halves, block.self_attn, block.self_attn.memory
-    if not fused.can(x) or x.dtype != qkv.dtype or dropping(halves) or block.tile:
+    if not fused.can(x) or x.dtype != qkv.dtype or dropping(halves) or block.tile or attn.groups > 1:
         return Block.forward(block, x, seg, s)
     now = still if still is not None and still.shared.serves(flat(x)) else None
     if packs(memory):

@@ -21,6 +21,7 @@ class Position(Module):
     """
 
     temperature = 1.0  # multiplies the logits, never the rotation: stored keys must stay free to turn again
+    by_head = False  # do queries() have weights of each head?
     late = True  # keys are remembered as they are, and made ready each time they are seen; False: once, when they are remembered
 
     def __init__(self, c, o):

@@ -30,6 +30,8 @@ def per_layer(o):
 
 
 class Position(Base):
+    by_head = True
+
     def __init__(self, c, o):
         super().__init__(c, o)
         self.H, self.width = c.num_attention_heads, o.width or c.hidden_size

@@ -93,13 +93,13 @@ from data import Batch
 from test_adapters import fresh, moved
 
 train.use_backend(None)
-ways = {"saving": (True, 7, 5, 10, "all"), "plain": (False, None, None, None, "all"), "cut": (True, 7, 5, 10, 0)}
+ways = {"saving": (True, 7, 5, 2, 10, "all"), "plain": (False, None, None, 1, None, "all"), "cut": (True, 7, 5, 2, 10, 0)}
 batch, out = Batch(text(40), text(40, seed=1), np.zeros((1, 40), "int32"), [[]]), {}
-for way, (checkpoint, chunk, tile, segment, bptt) in ways.items():
+for way, (checkpoint, chunk, tile, groups, segment, bptt) in ways.items():
     memory = "sinks:budget=11,sinks=2,kv_positions=absolute" if segment else "full"
     model = moved(fresh(adapter="lora:rank=4", attn="longformer:window=9,n_global=2", memory=memory))
     how = {"segment": None, "micro": 1, "checkpoint": checkpoint, "checkpoint_offload": False, "loss_chunk": chunk, "mlp_tile": tile}
-    train.prepare(model, SimpleNamespace(dtype="float32", **how))
+    train.prepare(model, SimpleNamespace(dtype="float32", head_groups=groups, **how))
     if segment:
         losses, grads = segments.accumulate(model, segments.cut(batch, segment), train.nats, {}, bptt)
         loss = sum(x.item() for x, in losses)
@@ -114,7 +114,7 @@ np.savez(sys.argv[1], **out)
 @BOTH
 @pytest.mark.skipif(ops.BACKEND != "torch", reason="runs both backends at once: with the torch run is enough")
 def test_fine_tuning_in_little_memory_agrees(tmp_path):
-    """Segments, checkpoints, chunks, tiles and an adapter together: on both backends the gradients of whole rows on either."""
+    """Segments, checkpoints, chunks, tiles, groups and an adapter together: on both backends the gradients of whole rows on either."""
     results = []
     for backend in ("torch", "mlx"):
         python(TUNED, backend, tmp_path / f"{backend}.npz")

@@ -110,6 +110,13 @@ def test_a_step_is_seen_by_the_next_one():
     same(step(fused), step(plain), 2e-4)
 
 
+def test_groups_of_heads_are_the_plain_path():
+    plain, fused = ready("lora"), ready("lora")
+    frozen.use(fused)
+    fused.group_heads(2)
+    same(step(fused), step(plain))
+
+
 def test_dropout_is_the_plain_path():
     plain, fused = ready("lora:dropout=0.5"), ready("lora:dropout=0.5")
     frozen.use(fused)

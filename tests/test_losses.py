@@ -54,13 +54,15 @@ def test_mlps_in_tiles_are_the_same(recomputed):
 @pytest.mark.skipif(ops.BACKEND != "mlx", reason="torch works in the order in which it is told")
 @pytest.mark.parametrize("what", ["tiles", "chunks"])
 def test_parts_are_made_one_after_the_other(what, monkeypatch):
-    """Sixteen parts take little more than one, in the backward pass too, though nothing but its order says so."""
+    """Eight or sixteen parts take little more than one, in the backward pass too, though nothing but its order says so."""
     import mlx.core as mx
 
     from backends import mlx_
 
     # wide where the parts are wide, so that nothing else matters
-    model = tiny(attn="window:window=17", **({"intermediate_size": 1999} if what == "tiles" else {"vocab_size": 3999}))
+    heads = {"attn": "full", "num_attention_heads": 16, "num_key_value_heads": 8}
+    wide = {"tiles": {"intermediate_size": 1999}, "chunks": {"vocab_size": 3999}, "groups": heads}
+    model = tiny(**{"attn": "window:window=17", **wide[what]})
     x, y = ops.array(text(512)), ops.array(text(512, seed=1))
 
     def peak():
@@ -71,14 +73,19 @@ def test_parts_are_made_one_after_the_other(what, monkeypatch):
 
     ops.freeze(model, [n for n in ops.parameters(model) if "norm" not in n])
     try:
-        whole, model.chunk = peak(), 32
-        for block in model.model.layers:
-            block.tile = 32
+        whole = peak()
+        if what == "groups":
+            model.group_heads(8)
+        else:
+            model.chunk = 32
+            for block in model.model.layers:
+                block.tile = 32
         parts = peak()
         monkeypatch.setattr(mlx_, "_in_turn", contextlib.nullcontext)
         assert parts < whole / 4 and peak() > 1.5 * parts, (whole, parts)
     finally:
         model.chunk = None
+        model.group_heads(1)
         for block in model.model.layers:
             block.tile = None
         ops.freeze(model, [])

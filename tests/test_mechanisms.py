@@ -184,6 +184,40 @@ def test_rows_of_different_length_decode_as_alone(memory):
         assert apart(together[row : row + 1, tokens[row] >= 0], alone) < exact(memory)
 
 
+@every("memory", MEMORY)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_writes_what_each_prompt_does_alone(memory, side):
+    """Prompts of 21, 8 and 5 tokens, padded to 24 and read in chunks of 8, some of them padding alone; then nothing is padded."""
+    model, lengths = tiny(memory=memory), (21, 8, 5)
+    prompts = [text(n, seed=n) for n in lengths]
+    pad = lambda p: np.pad(p, ((0, 0), (24 - p.shape[1], 0) if side == "left" else (0, 24 - p.shape[1])), constant_values=-1)
+    rows = np.concatenate([pad(p) for p in prompts])
+    tokens, logits = written(model, rows, -1 if side == "left" else [n - 1 for n in lengths])
+    for i, row in enumerate(rows):
+        chunks = [c for a in range(0, 24, 8) if len(c := row[None, a : a + 8][:, row[a : a + 8] >= 0][0])]
+        alone, want = written(model, chunks, -1)
+        assert apart(logits[i : i + 1], want) < exact(memory)
+        assert (tokens[i] == alone[0]).all()
+
+
+def written(model, prompt, last, n=12):
+    """(tokens [B, n] that a model writes after prompts, always the likeliest, and their logits [B, n, V]). prompt: padded rows [B, 24], or
+    the chunks of one; last: where the last token of each row is."""
+    parts = [prompt[:, a : a + 8] for a in range(0, 24, 8)] if isinstance(prompt, np.ndarray) else [c[None] for c in prompt]
+    with ops.no_grad():
+        state, ys = model.start(8, sum(p.shape[1] for p in parts) + n), []
+        for part in parts:
+            y, state = model(ops.array(part.astype("int32")), state, padded=bool((part < 0).any()) or len(part) > 1)
+            ys.append(ops.numpy(y))
+        ys = np.concatenate(ys, 1)
+        out = [ys[np.arange(len(ys)), last][:, None]]
+        for t in range(n - 1):
+            y, state = model(ops.array(out[-1].argmax(-1).astype("int32")), state, close=(t + 1) % 4 == 0)
+            out.append(ops.numpy(y))
+    out = np.concatenate(out, 1)
+    return out.argmax(-1), out
+
+
 # ---------------------------------------------------------------- 5. segments
 
 

@@ -16,7 +16,7 @@ train.use_backend(None)
 SHAPE = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPE |= {"num_hidden_layers": 4, "tie_word_embeddings": True}
 DEFAULT = {"micro": 1, "batch": 1, "length": 1024, "segment": None, "bptt": "all", "dtype": "float32", "checkpoint": 0, "offload": False}
-DEFAULT |= {"checkpoint_offload": False, "optimizer_offload": False, "loss_chunk": 256, "mlp_tile": None}
+DEFAULT |= {"checkpoint_offload": False, "optimizer_offload": False, "loss_chunk": 256, "mlp_tile": None, "head_groups": 1}
 SEGMENTS = {"attn": "window:window=65", "memory": "window:budget=64", "segment": 256}
 WAYS = {
     "full": {},
@@ -24,6 +24,8 @@ WAYS = {
     "checkpoint": {"checkpoint": 1},
     "checkpoint 2": {"checkpoint": 2},
     "mlp tiles": {"checkpoint": 1, "mlp_tile": 128},
+    "groups": {"checkpoint": 1, "mlp_tile": 128, "head_groups": 2},
+    "lora, groups": {"adapter": "lora", "checkpoint": 1, "mlp_tile": 128, "head_groups": 2},
     "two parts": {"checkpoint": 1, "batch": 2},
     "lora": {"adapter": "lora"},
     "lora, checkpoint": {"adapter": "lora", "checkpoint": 1},
