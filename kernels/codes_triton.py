@@ -234,12 +234,15 @@ def can(s, past, heads, bits):
     return (s["k"].is_cuda or INTERPRETED) and solid and grouped and fits and torch.is_tensor(s["n"]) and s["pos"].dtype == torch.int32
 
 
+PROGRAMS, WARPS, STAGES = 264, 4, 3  # two programs for each processor of an H100, each with so many blocks of codes on their way
+
+
 def shares(K, M):
     """How many programs read a key head's codes, and one more: together a processor of a large GPU has so many of them at once."""
     if INTERPRETED:
         # one after the other
         return 3
-    return max(2, min(264 // K, triton.cdiv(M, 128) + 1))
+    return max(2, min(PROGRAMS // K, triton.cdiv(M, 128) + 1))
 
 
 def token(row, turn, at, s, past, rule, begin=None, bits=8, always=0, opening=0, scale=None, born=None, recent=0):
@@ -258,7 +261,7 @@ def token(row, turn, at, s, past, rule, begin=None, bits=8, always=0, opening=0,
         N, M, layer_of(rule), D**-0.5 if scale is None else scale,
         K, pos.shape[1], G, max(16, GR), GR, D, DP, turn[0].shape[-1], S, SP, 64, min(DP, max(16, 8192 // (SP * GR))), recent,
         max(GR, triton.cdiv(16, GC)), GC, 8 // bits, max(32, triton.next_power_of_2(code.shape[3])), not INTERPRETED,
-        compiled(rule), differs(rule, K * G), begin is not None, always, opening, num_warps=4, num_stages=3,
+        compiled(rule), differs(rule, K * G), begin is not None, always, opening, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return y, s
 
