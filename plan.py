@@ -110,7 +110,8 @@ def plan(m, a, how):
     wait = max(0, waiting - 1) * state * gone // max(1, sum(past))
     host["boundaries"] = wait if away(a.offload) else 0
     resting |= {"boundaries": state * bool(waiting) + (min(wait, state) if away(a.offload) else wait)}
-    resting |= {"handed": ((act + 4) * state // act if how.mlx else state) if waiting else 0}
+    # at the end of its forward pass a segment's own state is there too
+    resting |= {"handed": ((act + 4) * state // act if how.mlx else 2 * state) if waiting else 0}
 
     # MLX has no fused backward pass: what is not sparse keeps its weights, and makes three arrays as large beside them
     # of a group these too are made once more
@@ -130,16 +131,21 @@ def plan(m, a, how):
     # with a second part of the step all gradients are there from the outset
     gradients, first = 4 * mine, 4 * (mine if a.batch > a.micro or waiting else trained)
     loss = n * c.vocab_size * (act if fused else 12) + (3 if n < T else 2) * x + (4 + act * (act < 4)) * trained
+    # what is replayed stays where it is (kernels/replayed.py), in rooms of its own
+    replayed = fused and how.gpu and a.segment and T <= SHORT and not a.checkpoint and bits >= 16
+    resting["kernels"] += replayed * act * T * (4 * C + 2 * (3 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
+    least = x if a.checkpoint else activations if replayed else blocks[0]
     moments = {
         "loss": {**resting, "gradients": first, "activations": activations, "loss": loss},
         "last block": {**resting, "gradients": first, "activations": activations, "block": block},
-        "first block": {**resting, "gradients": gradients, "activations": x if a.checkpoint else blocks[0], "block": block},
+        "first block": {**resting, "gradients": gradients, "activations": least, "block": block},
         "optimizer": {**resting, "gradients": gradients, "optimizer": adam},
     }
     return Plan(moments, {k: v for k, v in host.items() if v})
 
 
-KERNELS = 1 << 26  # bytes that a GPU's libraries work in, and lists of blocks
+SHORT = 4096  # rows up to which segments are replayed: a host of some ten microseconds a kernel is the slower one (8B shape, H100)
+KERNELS = 1 << 28  # bytes that a GPU's libraries work in, and lists of blocks
 
 
 def beside(m):

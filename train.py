@@ -385,7 +385,7 @@ def prepare(model, a):
 def repeated(a):
     """How many rows the kernels of a segment work on, where they are so few that a GPU would wait for its host; else None."""
     rows = (a.segment or 0) * a.micro
-    return rows if 0 < rows <= frozen.SHORT and not a.checkpoint and not a.mlp_tile and a.head_groups == 1 else None
+    return rows if 0 < rows <= plan.SHORT and not a.checkpoint and not a.mlp_tile and a.head_groups == 1 else None
 
 
 def corpora(a, tokenizer):

@@ -47,7 +47,6 @@ def use(model, rows=None):
         model.losses = functools.partial(losses, model)
 
 
-SHORT = 4096  # rows up to which a host of some ten microseconds a kernel is the slower one (8B shape, H100)
 PRODUCTS = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 
 
