@@ -234,7 +234,7 @@ def can(s, past, heads, bits):
     return (s["k"].is_cuda or INTERPRETED) and solid and grouped and fits and torch.is_tensor(s["n"]) and s["pos"].dtype == torch.int32
 
 
-PROGRAMS, WARPS, STAGES = 396, 4, 3  # measured with others on an H100 (LOG.md): three programs for each processor, three blocks on their way
+PROGRAMS, WARPS, STAGES = 396, 4, 3  # three programs for each processor of an H100, three blocks on their way: the best of four (LOG.md)
 
 
 def shares(K, M):
