@@ -304,10 +304,12 @@ class Decoder(Module):
         # one after the other: who hands over the states may let each go when it is asked for
         layers = zip(works, (segments[i] for i in self.feels), states)
         while some := list(itertools.islice(layers, self.together)):
+            then = [s.pop("then", None) for *_, s in some]
             ((work, *block), seg, s), *more = some
             # alone it is called as it is: a compiler knows it again
             x, *s = self.run(through, x, some) if more else self.run(work, x, seg, s, *block)
-            after += s
+            # what is done with a layer's state as soon as it is there (segments.py)
+            after += [s if f is None else f(s) for s, f in zip(s, then)]
         return x, after
 
 

@@ -110,8 +110,7 @@ def plan(m, a, how):
     wait = max(0, waiting - 1) * state * gone // max(1, sum(past))
     host["boundaries"] = wait if away(a.offload) else 0
     resting |= {"boundaries": state * bool(waiting) + (min(wait, state) if away(a.offload) else wait)}
-    # at the end of its forward pass a segment's own state is there too
-    resting |= {"handed": ((act + 4) * state // act if how.mlx else 2 * state) if waiting else 0}
+    resting |= {"handed": ((act + 4) * state // act if how.mlx else state) if waiting else 0}
 
     # MLX has no fused backward pass: what is not sparse keeps its weights, and makes three arrays as large beside them
     # of a group these too are made once more

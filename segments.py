@@ -18,6 +18,8 @@ the next boundary does not have: of a memory of the newest tokens a segment's ke
 run are read twice; with bptt=0 none is.
 """
 
+import functools
+
 import ops
 
 
@@ -121,19 +123,25 @@ def backward(model, run, loss, state, grads, offload):
 
 
 def through(model, piece, loss, state, handed, grads, keep):
-    """One segment with its gradients. handed: those of the state after it (used up), None: nothing comes after. Returns (the loss, what the
-    observers saw, if keep the state after it, the gradients of `state`, grads)."""
+    """One segment with its gradients. handed: those of the state after it (used up), by parts(); None: nothing comes after. Returns (the
+    loss, what the observers saw, if keep the state after it, the gradients of `state`, grads)."""
 
     def f(*arrays):
-        one, after, seen, aux = forward(model, piece, loss, filled(state, arrays))
-        total = one + aux + along(handed, after)
-        if handed:
-            # whoever wants one in the backward pass has it, and lets go of it then
-            handed.clear()
+        given = filled(state, arrays)
+        early = handed and state and model.around is None
+        if early:
+            # a layer's state meets its gradient as soon as it is there, and goes
+            given["layers"] = [{**s, "then": functools.partial(met, g)} for s, g in zip(given["layers"], handed)]
+        one, after, seen, aux = forward(model, piece, loss, given)
+        total = one + aux + sum(map(along, handed[-1:] if early else handed, parts(after)[-1:] if early else parts(after)))
+        # whoever wants one in the backward pass has it, and lets go of it then
+        handed.clear()
         return total, one, after if keep else None, *seen
 
-    (_, one, after, *seen), handed_on, grads = ops.accumulate_through(model, f, differing(state), grads)
-    return one, seen, after, handed_on, grads
+    handed, mine = handed or [], parts(state)
+    (_, one, after, *seen), flat, grads = ops.accumulate_through(model, f, [x for part in mine for x in part], grads)
+    flat = iter(flat)
+    return one, seen, after, [[next(flat) for _ in part] for part in mine], grads
 
 
 class Here:
@@ -149,9 +157,23 @@ class Here:
         return self.tree
 
 
-def along(handed, state):
-    """What has the gradient of a state, handed by what comes after it, as its own. handed None: nothing comes after."""
-    return sum(map(ops.inner, handed, differing(state))) if handed else 0.0
+def along(handed, arrays):
+    """What has the gradients of arrays, handed by what comes after them, as its own."""
+    return sum(map(ops.inner, handed, arrays))
+
+
+def met(handed, s):
+    """What is left of a layer's state whose arrays have met their gradients: an auxiliary loss."""
+    mine = {k: x for k, x in s.items() if k not in ("seen", "aux")}
+    left = {"aux": s.get("aux", 0.0) + along(handed, differing(mine))}
+    return {**left, "seen": s["seen"]} if "seen" in s else left
+
+
+def parts(state):
+    """The arrays of a state that can have a gradient: those of each layer, and those of the rest."""
+    if state is None:
+        return []
+    return [*map(differing, state["layers"]), differing({k: x for k, x in state.items() if k != "layers"})]
 
 
 def differing(state):
