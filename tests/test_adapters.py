@@ -13,6 +13,7 @@ from test_train import args, metrics, own_cache, refusal, uneven, weights, world
 import convert
 import ops
 import plugins
+import segments
 import train
 from adapters import lora
 from errors import Refused
@@ -38,6 +39,15 @@ def how(adapter):
     memories = {"memory": "state:size=3", "summary": "summary:k=3,chunk=16"}
     name = adapter.partition(":")[0]
     return {"adapter": adapter, **({"memory": memories[name]} if name in memories else {})}
+
+
+def trained(model, batch, segment=None):
+    """(loss, gradients) of a batch as train.py has them, whole or in segments."""
+    if segment:
+        outs, grads = segments.accumulate(model, segments.cut(batch, segment), train.nats, {})
+        return sum(out[0].item() for out in outs), grads
+    out, grads = ops.accumulate(model, lambda: train.loss_and_seen(model, batch, 1), {})
+    return out[0].item(), grads
 
 
 def moved(model, std=0.1):

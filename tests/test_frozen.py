@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 from conftest import apart, text
-from test_adapters import fresh, moved
+from test_adapters import fresh, moved, trained
 
 import data
 import kernels
 import ops
-import segments
-import train
 
 if not kernels.TRITON:
     pytest.skip("needs Triton, and CUDA or TRITON_INTERPRET=1", allow_module_level=True)
@@ -37,12 +35,7 @@ def ready(adapter, segment=None, seed=1, **how):
 def step(model, segment=None, begin=None):
     """(loss, gradients) of a batch of two rows, the second one of two documents if so asked."""
     begin = np.zeros((2, T), "int32") if begin is None else begin
-    batch = data.Batch(text(T, 2), text(T, 2, seed=1), begin, [[], []])
-    if segment:
-        outs, grads = segments.accumulate(model, segments.cut(batch, segment), train.nats, {})
-        return sum(out[0].item() for out in outs), grads
-    out, grads = ops.accumulate(model, lambda: train.loss_and_seen(model, batch, 1), {})
-    return out[0].item(), grads
+    return trained(model, data.Batch(text(T, 2), text(T, 2, seed=1), begin, [[], []]), segment)
 
 
 def same(got, want, close=5e-5):

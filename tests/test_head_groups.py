@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 from conftest import apart, text
-from test_adapters import fresh, moved
+from test_adapters import fresh, moved, trained
 from test_train import args, metrics, own_cache, refusal, world  # noqa: F401
 
 import data
 import ops
-import segments
 import train
 from errors import Refused
 
@@ -35,13 +34,8 @@ def step(model, segment=None):
     """(loss, gradients) of two rows, the second of two documents."""
     begin = np.zeros((2, T), "int32")
     begin[1, 17:] = 17
-    batch = data.Batch(text(T, 2), text(T, 2, seed=1), begin, [[], []])
     model.shake(5)
-    if segment:
-        outs, grads = segments.accumulate(model, segments.cut(batch, segment), train.nats, {})
-        return sum(out[0].item() for out in outs), grads
-    out, grads = ops.accumulate(model, lambda: train.loss_and_seen(model, batch, 1), {})
-    return out[0].item(), grads
+    return trained(model, data.Batch(text(T, 2), text(T, 2, seed=1), begin, [[], []]), segment)
 
 
 def same(got, want, close=5e-5):
