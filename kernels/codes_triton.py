@@ -234,22 +234,28 @@ def can(s, past, heads, bits):
     return (s["k"].is_cuda or INTERPRETED) and solid and grouped and fits and torch.is_tensor(s["n"]) and s["pos"].dtype == torch.int32
 
 
-PROGRAMS, WARPS, STAGES = 396, 4, 3  # three programs for each processor of an H100, three blocks on their way: the best of four (LOG.md)
+WARPS, STAGES = 4, 3
 
 
-def shares(K, M):
+def programs(bits, groups):
+    """How many programs an H100 has at once: three for each processor where that was timed, 8 bits in groups of 32 (LOG.md); the other
+    kinds' registers leave room for two."""
+    return 396 if bits == 8 and groups == 4 else 264
+
+
+def shares(K, M, most):
     """How many programs read a key head's codes, and one more: together a processor of a large GPU has so many of them at once."""
     if INTERPRETED:
         # one after the other
         return 3
-    return max(2, min(PROGRAMS // K, triton.cdiv(M, 128) + 1))
+    return max(2, min(most // K, triton.cdiv(M, 128) + 1))
 
 
 def token(row, turn, at, s, past, rule, begin=None, bits=8, always=0, opening=0, scale=None, born=None, recent=0):
     """See kernels.codes.plain."""
     k, pos, n, code = s["k"], s["pos"], s["n"], past["k_code"]
     (_, K, N, D), M, GC = k.shape, code.shape[2], past["k_scale"].shape[3] // 2
-    G, DP, S = row.shape[0] // D // K - 2, max(16, triton.next_power_of_2(D)), shares(K, M)
+    G, DP, S = row.shape[0] // D // K - 2, max(16, triton.next_power_of_2(D)), shares(K, M, programs(bits, GC))
     GR = triton.next_power_of_2(G)
     SP = triton.next_power_of_2(S)
     part, stat, count, _ = scratch(row.device, K * G, K, S, GR, DP)
