@@ -131,7 +131,7 @@ def plan(m, a, how):
     gradients, first = 4 * mine, 4 * (mine if a.batch > a.micro or waiting else trained)
     loss = n * c.vocab_size * (act if fused else 12) + (3 if n < T else 2) * x + (4 + act * (act < 4)) * trained
     # what is replayed stays where it is (kernels/replayed.py), in rooms of its own
-    replayed = fused and how.gpu and a.segment and T <= SHORT and not a.checkpoint and bits >= 16
+    replayed = bool(fused and how.gpu and a.segment and T <= SHORT and not a.checkpoint and bits >= 16)
     resting["kernels"] += replayed * act * T * (4 * C + 2 * (3 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
     least = x if a.checkpoint else activations if replayed else blocks[0]
     moments = {

@@ -526,7 +526,8 @@ class _Away:
         x.record_stream(self.side)
 
     def fetch(self):
-        if self.here is None:
+        # of a tensor that was in the host's memory all along nothing is fetched
+        if self.here is None and self.device.type == "cuda":
             with torch.cuda.stream(self.side):
                 self.here, self.done = self.there.to(self.device, non_blocking=True), self.side.record_event()
 
