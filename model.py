@@ -208,12 +208,13 @@ class Attention(Module):
             y = self.memory.look(self, self.heads(q_proj.part(x, outs=of)), k, v, slots, seg, None)
             return o_proj.part(self.joined(y), ins=of)
 
+        added = lambda y, part: part if y is None else y + part
         for i, kv in enumerate(zip(ops.split(k, self.groups, 1), ops.split(v, self.groups, 1))):
             heads = range(n * i, n * (i + 1))
             mine = seg if seg.bias is None else seg._replace(bias=seg.bias.of(heads))
             of = slice(heads.start * self.D, heads.stop * self.D)
-            part = ops.checkpoint(group, [ops.after(x, y), *kv], mine, self.q_proj, self.o_proj, of)
-            y = part if y is None else y + part
+            # without a name: it would be there beside the next one
+            y = added(y, ops.checkpoint(group, [ops.after(x, y), *kv], mine, self.q_proj, self.o_proj, of))
         bias = getattr(self.o_proj, "bias", None)
         return y if bias is None else y + ops.cast(bias, y.dtype)
 

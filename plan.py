@@ -5,7 +5,7 @@
     optimizer     AdamW's two averages, 8 bytes for what trains; with --optimizer-offload one parameter's at a time
     activations   what the blocks keep for the backward pass (kept() counts it), or with --checkpoint every n-th block's input
     block         a block at work beside that: blocks that are recomputed, and the gradients inside one
-    loss          logits of a chunk, three times in float32: their softmax, and two gradients
+    loss          logits of a chunk, three times in float32: their softmax, and two gradients; once as they are where nothing of it trains
     boundaries    with --segment: the state at work, the gradients handed through it, and what waits of the others
 
 The peak is the largest of a few moments: the loss, the last block's backward pass, the first one's (all gradients are there), and the
@@ -87,15 +87,16 @@ def plan(m, a, how):
     c, act, L, C = m.c, how.act, m.c.num_hidden_layers, m.c.hidden_size
     N, S = a.length, a.segment or a.length
     T = a.micro * S  # tokens at work
-    plain = a.mlp_tile or a.head_groups > 1 or m.size("lora_mag")
-    fused = how.fused and not plain and all(".lora_" in n or ".memory." in n for n in m.trains)
+    # kernels/frozen.py: its matrices are there, and its blocks work, where they take all tokens and heads at once
+    stacked = how.fused and not m.size("lora_mag") and all(".lora_" in n or ".memory." in n for n in m.trains)
+    fused = stacked and not a.mlp_tile and a.head_groups == 1
     mine, frozen = m.size("", trained=True), m.size("", trained=False)
     away = lambda flag: flag and how.gpu
 
     # under --base-bits matrices are codes with a scale and a least number for each 64, and one layer's are there as numbers
     bits, matrices = getattr(c, "base_bits", 16), m.size("_proj.weight", trained=False)
     coded = matrices * (act - bits / 8 - 2 * act / 64) - act * matrices / L if bits < 16 else 0
-    weights = 4 * mine + act * (frozen + (beside(m) if fused else 0)) - int(coded)
+    weights = 4 * mine + act * (frozen + (beside(m) if stacked else 0)) - int(coded)
     adam = max((8 * math.prod(m.shapes[n]) for n in m.trains), default=0) if away(a.optimizer_offload) else 8 * mine
     host = {"optimizer": 8 * mine if away(a.optimizer_offload) else 0}
     resting = {"weights": weights, "optimizer": 0 if away(a.optimizer_offload) else adam, "kernels": KERNELS if how.gpu else 0}
@@ -122,20 +123,22 @@ def plan(m, a, how):
     inputs = -(-L // a.checkpoint) * x if a.checkpoint else 0
     host["activations"] = inputs if a.checkpoint and away(a.checkpoint_offload) else 0
     activations = (2 * x if host["activations"] else inputs) if a.checkpoint else sum(blocks)
-    attention = 3 * max(scores) if whole else in_groups(m, act, a, T) + 4 * max(scores)
+    attention = max(attending(m, how, a, T, n * a.micro, fused, everything) for n, everything in zip(past, m.whole))
+    attention += (3 if whole else 4) * max(scores)
     block = group + x + max(inside(m, act, a, T, fused), attention)
 
     head, n = ("lm_head." if m.size("lm_head.") else "embed_tokens."), min(T, a.loss_chunk)
     trained = m.size(head, trained=True)
     # with a second part of the step all gradients are there from the outset
-    gradients, first = 4 * mine, 4 * (mine if a.batch > a.micro or waiting else trained)
-    loss = n * c.vocab_size * (act if fused else 12) + (3 if n < T else 2) * x + (4 + act * (act < 4)) * trained
+    more = bool(a.batch > a.micro or waiting)
+    gradients, first = 4 * mine, 4 * (mine if more else trained)
+    loss = lost(m, how, n, x, trained, n < T)
     # what is replayed stays where it is (kernels/replayed.py), in rooms of its own
     replayed = bool(fused and how.gpu and a.segment and T <= SHORT and not a.checkpoint and bits >= 16)
     resting["kernels"] += replayed * act * T * (4 * C + 2 * (3 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
     least = x if a.checkpoint else activations if replayed else blocks[0]
     moments = {
-        "loss": {**resting, "gradients": first, "activations": activations, "loss": loss},
+        "loss": {**resting, "gradients": 4 * (mine * more + trained * (n < T)), "activations": activations, "loss": loss},
         "last block": {**resting, "gradients": first, "activations": activations, "block": block},
         "first block": {**resting, "gradients": gradients, "activations": least, "block": block},
         "optimizer": {**resting, "gradients": gradients, "optimizer": adam},
@@ -144,7 +147,7 @@ def plan(m, a, how):
 
 
 SHORT = 4096  # rows up to which segments are replayed: a host of some ten microseconds a kernel is the slower one (8B shape, H100)
-KERNELS = 1 << 28  # bytes that a GPU's libraries work in, and lists of blocks
+KERNELS = 1 << 26  # bytes that a GPU's libraries work in: 32 MiB for each of the two threads that multiply
 
 
 def beside(m):
@@ -163,44 +166,81 @@ PARTS = "self_attn", "mlp"
 def kept(m, how, a, T, past, fused):
     """Bytes that a block keeps for its backward pass, of T tokens that see `past` others too."""
     c, act = m.c, how.act
-    C, F, H, HD, KD = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_attention_heads * c.head_dim, 0
-    KD = c.num_key_value_heads * c.head_dim
+    C, H, HD, KD = c.hidden_size, c.num_attention_heads, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     ranks = sum(s[0] for n, s in m.shapes.items() if ".layers.0." in n and "lora_A" in n)
     # keys and values; logarithms of sums, and two norms' roots
-    total = 2 * act * KD * (T + past) + 4 * T * (H + 2)
+    total = 2 * act * KD * (T + past) + 4 * T * (H + 2) + behind(m, how, a, T, fused)
     if fused:
-        return total + act * T * (2 * C + 2 * HD + 2 * F + 4 * 64)
-    # the block's input and the middle
-    numbers = 2 * C + ranks
+        # input, queries and attention's answer
+        return total + act * T * (C + 2 * HD + 64)
+    numbers = C + ranks
     if a.head_groups > 1:
         # what each group begins with
         numbers += C
     else:
         # queries and attention's answer; what a product reads, and on a CPU attention's answer in another layout
         numbers += 2 * HD + C * m.reads("q_proj", "k_proj", "v_proj") + HD * (not how.gpu) * m.reads("o_proj")
-    if not a.mlp_tile:
-        # the gate's two sides, and silu of one
-        numbers += 3 * F + C * m.reads("gate_proj", "up_proj") + F * m.reads("down_proj")
-    if not how.gpu:
-        # a norm in steps keeps its quotient for its own weight
-        numbers += C * (2 - bool(a.mlp_tile)) * m.reads("input_layernorm")
+    # a norm in steps keeps its quotient for its own weight
+    numbers += C * (not how.gpu) * m.reads("input_layernorm")
     # weights as wide as activations are copies
     return total + act * T * numbers + (act * m.size(".layers.0.", trained=True) if act < 4 else 0)
 
 
-def inside(m, act, a, T, fused):
-    """Bytes of the gradients inside of a block at the worst moment, in its MLP."""
-    tile = min(T, a.mlp_tile * a.micro) if a.mlp_tile else T
+def behind(m, how, a, T, fused):
+    """Of kept() what is behind attention, and gone when that has its turn: the middle, and what the MLP keeps."""
     C, F = m.c.hidden_size, m.c.intermediate_size
-    return act * (C + F) * T if fused else act * 2 * F * T if tile == T else act * ((2 + 4) * F * tile + C * T)
+    if fused:
+        return how.act * T * (C + 2 * F + 3 * 64)
+    if a.mlp_tile:
+        return how.act * T * C
+    # the gate's two sides, and silu of one; what products read, and what a norm in steps keeps
+    numbers = C + 3 * F + C * m.reads("gate_proj", "up_proj") + F * m.reads("down_proj")
+    return how.act * T * (numbers + C * (not how.gpu) * m.reads("input_layernorm"))
 
 
-def in_groups(m, act, a, T):
-    """Bytes at work while attention takes its heads in groups, when there is no middle: three arrays of a sum as wide as the model, and one
-    more where LoRA's product is a part of it, or a group's queries, its answer and their gradients; and gradients of keys and values."""
-    G, C, D = a.head_groups, m.c.hidden_size, m.c.head_dim
-    sums = (2 + any(".o_proj.lora_" in n for n in m.shapes)) * C
-    return act * T * (max(sums, 4 * m.c.num_attention_heads * D // G) + 2 * m.c.num_key_value_heads * D)
+def inside(m, act, a, T, fused):
+    """Bytes at work behind attention beside what is kept and the gradient of the block's output, at the worst moment."""
+    tile = min(T, a.mlp_tile * a.micro) if a.mlp_tile else T
+    C, F, HD, KD = m.c.hidden_size, m.c.intermediate_size, m.c.num_attention_heads * m.c.head_dim, m.c.num_key_value_heads * m.c.head_dim
+    if fused:
+        # two gradients; or on the way there what q, k and v are parts of, attention's answer as rows, the gate's answer and the output
+        return act * T * max(C + F, 2 * HD + 2 * KD + F + C + 2 * 64 - (0 if a.checkpoint else C))
+    if tile == T:
+        return act * 2 * F * T
+    # a tile with its gradients, beside gradients of others; or one that is made, beside others and what attention gave
+    adapted = any(".gate_proj.lora_" in n for n in m.shapes)
+    return act * (C * T + max(6 * F * tile, C * T + (3 + adapted) * F * tile))
+
+
+def attending(m, how, a, T, past, fused, everything):
+    """Bytes at work in attention's backward pass beside what is kept and the gradient of the block's middle, which is as large as that of
+    its output; what is behind() is gone. everything: does the layer see all that there is?"""
+    if how.mlx and a.head_groups == 1:
+        return 0
+    act, G, C, H, D = how.act, a.head_groups, m.c.hidden_size, m.c.num_attention_heads, m.c.head_dim
+    K = m.c.num_key_value_heads
+    # gradients of queries are summed in float32; the frameworks' own kernels give each query head keys of its own
+    kernels = T * H * (4 * D + 8 + 2 * act * D * (everything and not past and K < H)) if how.gpu else 0
+    if G == 1:
+        # of the answer, of queries, of keys and values
+        return act * D * (2 * H * T + 2 * K * (T + past)) + kernels - behind(m, how, a, T, fused)
+    # three arrays of a sum as wide as the model, the middle not being there, and one more where LoRA's product is a part of it; or a
+    # group's queries, its answer and their gradients; and gradients of keys and values
+    sums = act * T * (2 + any(".o_proj.lora_" in n for n in m.shapes)) * C
+    return max(sums, (act * T * 4 * H * D + kernels) // G) + act * T * 2 * K * D
+
+
+def lost(m, how, n, x, trained, chunks):
+    """Bytes of the loss of n tokens at a time, chunks: not all; x: bytes of the last block's output; trained: numbers of the head, if it
+    trains."""
+    act, V = how.act, m.c.vocab_size
+    if how.fused and not trained and not m.size("model.norm.", trained=True):
+        # logits become their gradient, and that their input's; or that times what the loss is divided by, out of place
+        return max(2 * x + act * n * (V + m.c.hidden_size), 5 * x)
+    # the softmax and two gradients, or the head's own gradient, which is made as wide as its copy
+    copy = act * (act < 4)
+    head = max(12 * n * V + copy * trained, act * n * V + (copy + act) * trained, (copy and copy + 4) * trained)
+    return head + (3 if chunks else 2) * x
 
 
 # ---------------------------------------------------------------- what would fit

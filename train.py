@@ -410,9 +410,14 @@ def nats(model, batch):
 def loss_and_seen(model, batch, total):
     """(the batch's share of the loss over `total` tokens, what each of the model's observers saw...)"""
     seen = []
+    # of a layer's state nobody wants more, and all layers' would be as much as their inputs
+    left = lambda s: {k: x for k, x in s.items() if k == "seen"}
 
     def watched(tokens, **how):
-        losses, state = model(tokens, model.start(read=tokens.shape[1]), close=False, **how)
+        start = model.start(read=tokens.shape[1])
+        if model.around is None:
+            start["layers"] = [{**s, "then": left} for s in start["layers"]]
+        losses, state = model(tokens, start, close=False, **how)
         seen.extend(s["seen"] for s in state["layers"] if "seen" in s)
         return losses
 

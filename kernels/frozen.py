@@ -477,6 +477,8 @@ if TRITON:
                 out[i : i + chunk] = fused.loss(z, t[i : i + chunk])
                 if wanted:
                     y[i : i + chunk] = z @ w
+                # before the next ones are made
+                del z
             ctx.save_for_backward(*(rows, r, y) if wanted else ())
             ctx.norm = norm
             return out.reshape(targets.shape)
