@@ -1,21 +1,23 @@
 """Are summaries worth reading? A model's loss on held-out text by the number of chunks before it, with their summaries and without.
 
-    python runs/summarise.py --data NOVELS --valid OTHERS --jobs 3 --plot docs/summarise.png      # a GPU, minutes
+    python runs/summarise.py --data NOVELS --valid OTHERS --jobs 3 --plot docs/summarise.png      # a GPU, three minutes
     python runs/summarise.py --quick                                                              # a minute on a CPU: shows that all works
 
 Protocol. train.py --adapter summary trains the vectors and their LoRA on rows of some chunks, once for each of --positions. Held-out rows
 of more chunks are then read three ways: by the trained model with the summaries of all chunks before; by the same model, each chunk by
 itself; and by the base with full attention, as far as the context that it was made for goes. The same tokens are predicted each time, and
-their mean loss in nats is given for each chunk of the row.
+their mean loss in nats is given for each chunk of the row. What is read is written at once, after each of --positions.
 
 Claimed: the loss of a chunk falls with the summaries before it (Chevalier et al. 2023, arXiv:2305.14788).
 """
 
+import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,11 +33,13 @@ from bench import common
 from errors import Refused
 from runs import lengths
 
-# a step's time is that of starting small kernels: so few chunks in a row and many rows; chunks are short, for much is lost in them alone
-SIZES = {"chunk": 256, "chunks": 4, "beyond": 16, "k": 32, "rank": 16, "batch": 32, "steps": 120, "rows": 32, "lr": 2e-3}
+# a step of 4 chunks starts 70,000 kernels of 30 layers, however many rows it has, and a host needs some 25 microseconds for each: so few
+# chunks in a row, few steps, and as many rows as keep a GPU busy meanwhile; chunks are short, for much is lost in them alone
+SIZES = {"chunk": 256, "chunks": 4, "beyond": 16, "k": 32, "rank": 16, "batch": 64, "steps": 40, "rows": 32, "lr": 3e-3}
 QUICK = {"chunk": 64, "chunks": 3, "beyond": 5, "k": 8, "batch": 2, "steps": 6, "rows": 2}
 COLORS = {"none": "#d1495b", "near": "#4c78a8", "absolute": "#59a14f"}
 AT_ONCE = 32  # held-out rows
+EACH = 10  # steps between two lines about a training in a process of its own
 
 
 def by_chunk(model, rows, chunk, together):
@@ -49,7 +53,8 @@ def by_chunk(model, rows, chunk, together):
             x, y = (ops.array(some[:, i + j : i + j + chunk]) for j in (0, 1))
             with ops.no_grad():
                 state = state if together and state else model.start(read=some.shape[1])
-                loss, state = model(x, state, targets=y)
+                # what nobody reads need not be summed up
+                loss, state = model(x, state, targets=y, close=together and i + chunk < some.shape[1] - 1)
             losses.append(ops.numpy(loss).mean(1))
         found.append(np.stack(losses, 1))
     return np.concatenate(found).mean(0).tolist()
@@ -74,17 +79,67 @@ def learn(positions, folder, args):
     flags |= {k: getattr(args, k) for k in ("backend", "device", "dtype") if getattr(args, k)}
     files = [x for k in ("data", "valid") if getattr(args, k) for x in (f"--{k}", *getattr(args, k))]
     flags = [x for k, v in flags.items() for x in (f"--{k}", str(v))] + files
+    cli.say(f"positions={positions}: training begins")
     if not args.jobs:
         status, why = train.main(flags), ""
     else:
         log = out.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
+        # threads that wait for each other cost more than they do
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(log, "w") as said:
-            status = subprocess.run([sys.executable, str(common.ROOT / "train.py"), *flags], stdout=said, stderr=said).returncode
+            command = [sys.executable, str(common.ROOT / "train.py"), *flags]
+            status = watched(subprocess.Popen(command, stdout=said, stderr=said, env=env), positions, out, args.steps)
         why = ":\n" + log.read_text()[-1500:]
     if status:
         raise Refused(f"positions={positions}: training ended with {status}{why}")
-    return rundir.checkpoints(out)[-1], round(time.perf_counter() - start, 1)
+    seconds = round(time.perf_counter() - start, 1)
+    cli.say(f"positions={positions}: trained in {seconds} s")
+    return rundir.checkpoints(out)[-1], seconds
+
+
+def watched(process, positions, out, steps):
+    """The exit code of a training when it has ended; now and then a line about where it is."""
+    said, status = 0, None
+    while status is None:
+        time.sleep(0.5)
+        status, done = process.poll(), so_far(out)
+        new = done[said:]
+        # the first one tells that all is compiled and there is room
+        if len(new) >= EACH or (new and (status is not None or not said)):
+            said, each = len(done), sum(line["seconds"] for line in new) / len(new)
+            cli.say(f"positions={positions}: step {said} of {steps}, loss {new[-1]['loss']:.3f}, {each:.2f} s a step")
+    return status
+
+
+def so_far(out):
+    """The lines about steps in a run's metrics; the last line may be torn."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [x for x in (json.loads(line) for line in lines if line.endswith("}\n")) if "loss" in x]
+
+
+def each(asked, folder, args, missing):
+    """(positions, checkpoint, seconds) of each as it is trained; why there is none goes to `missing`."""
+    start = time.perf_counter()
+
+    def one(positions):
+        try:
+            if args.limit and time.perf_counter() - start > args.limit:
+                raise Refused(f"positions={positions}: not begun within --limit {args.limit} seconds")
+            return positions, *learn(positions, folder, args)
+        except Refused as no:
+            # the others are worth having without it
+            cli.say(no)
+            missing.append(str(no))
+
+    if not args.jobs:
+        yield from filter(None, map(one, asked))
+        return
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for done in as_completed([pool.submit(one, positions) for positions in asked]):
+            if done.result():
+                yield done.result()
 
 
 def table(r):
@@ -117,6 +172,7 @@ def main(argv=None):
     p.add_argument("--positions", nargs="+", choices=list(COLORS), default=None, help="default: all; with --quick none alone")
     p.add_argument("--models", type=Path, default=Path("out") / "summarise", metavar="FOLDER", help="what is left of the runs")
     p.add_argument("--jobs", type=cli.whole, default=0, metavar="N", help="so many are trained at a time (default 0: all in this process)")
+    p.add_argument("--limit", type=cli.whole, metavar="SECONDS", help="begin no training after so many, and say what is missing")
     p.add_argument("--quick", action="store_true", help="few rows, few steps")
     for k, default in SIZES.items():
         p.add_argument(f"--{k}", type=float if k == "lr" else cli.whole, help=f"default {default:g}")
@@ -133,24 +189,33 @@ def main(argv=None):
     rows, most = held_out(args, tokenizer, args.chunk * args.beyond), base.config.max_position_embeddings // args.chunk
     result = {"machine": common.machine(), "command": lengths.command(__file__), "protocol": lengths.protocol(__doc__)}
     result |= {"model": folder.name, "settings": {k: getattr(args, k) for k in (*SIZES, "seed")}, "held_out_rows": len(rows), "rows": []}
-    keep = lengths.keeper(args.out / f"{args.name or ('summarise-quick' if args.quick else 'summarise')}.json", result)
-    read = lambda model, together: by_chunk(model, [row[: min(most, args.beyond) * args.chunk + 1] for row in rows], args.chunk, together)
-    result["rows"].append({"label": "base, full attention", "loss": read(base, True)})
+    write = lengths.keeper(args.out / f"{args.name or ('summarise-quick' if args.quick else 'summarise')}.json", result)
+
+    def read(label, model, rows, together, **more):
+        start = time.perf_counter()
+        cli.say(f"{label}: {len(rows)} rows are read")
+        row = {"label": label, **more, "loss": by_chunk(model, rows, args.chunk, together)}
+        cli.say(f"{label}: {row['loss'][0]:.3f} at first, {row['loss'][-1]:.3f} at last, read in {time.perf_counter() - start:.1f} s")
+        return row
+
+    def keep(*new):
+        result["rows"] = sorted([*result["rows"], *new], key=lambda row: asked.index(row["positions"]) if "positions" in row else -1)
+        write()
+        if args.plot:
+            picture(result, args.plot)
+
+    asked, missing = args.positions or (["none"] if args.quick else list(COLORS)), []
+    keep(read("base, full attention", base, [row[: min(most, args.beyond) * args.chunk + 1] for row in rows], True))
     del base
-    asked = args.positions or (["none"] if args.quick else list(COLORS))
     # into the cache, before all want it at once
     train.corpora(SimpleNamespace(data=args.data, valid=args.valid, upsample=1), tokenizer)
-    with ThreadPoolExecutor(args.jobs or 1) as pool:
-        trained = list((pool.map if args.jobs else map)(lambda positions: learn(positions, folder, args), asked))
-    for positions, (checkpoint, seconds) in zip(asked, trained):
+    for positions, checkpoint, seconds in each(asked, folder, args, missing):
         model, _ = load(checkpoint, dtype=args.dtype, device=args.device)
-        for label, together in (("summaries", True), ("alone", False)):
-            row = {"label": f"{label}, positions={positions}", "positions": positions, "seconds": seconds}
-            result["rows"].append({**row, "loss": by_chunk(model, rows, args.chunk, together)})
-        keep()
+        more = {"positions": positions, "seconds": seconds}
+        keep(*(read(f"{way}, positions={positions}", model, rows, way == "summaries", **more) for way in ("summaries", "alone")))
     print(table(result))
-    if args.plot:
-        picture(result, args.plot)
+    if missing:
+        raise Refused(f"not trained: {'; '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -386,8 +387,11 @@ def test_summarise_trains_reads_and_draws(tmp_path, monkeypatch, capsys, jobs):
     flags += ["--chunk", "8", "--k", "2", "--rank", "2", "--out", str(tmp_path), "--models", str(tmp_path / "m")]
     flags += ["--positions", "none", "near"] if jobs else []
     summarise.main([*flags, "--jobs", str(jobs)] if jobs else flags)
-    printed, r = capsys.readouterr().out, json.loads((tmp_path / "summarise-quick.json").read_text())
+    said = capsys.readouterr()
+    printed, r = said.out, json.loads((tmp_path / "summarise-quick.json").read_text())
     base, *rows = r["rows"]
+    assert all(line in said.err for line in ("none: training begins", "none: trained in", "summaries, positions=none: 2 rows are read"))
+    assert ("positions=near: step 6 of 6, loss " in said.err) == bool(jobs)
     assert len(base["loss"]) == 2, "the base has positions for no more"
     assert [row["positions"] for row in rows[::2]] == (["none", "near"] if jobs else ["none"]) and len(rows[0]["loss"]) == 5
     # figures are those of the checkpoint as load() makes it
@@ -402,3 +406,16 @@ def test_summarise_trains_reads_and_draws(tmp_path, monkeypatch, capsys, jobs):
     assert printed.endswith(capsys.readouterr().out) and (tmp_path / "s.png").is_file() and "| summaries, positions=none |" in printed
     with pytest.raises(Refused, match="ended with"):
         summarise.main([*flags, "--jobs", "1", "--lr", "-1"])
+    # what was there before it failed is not lost
+    assert [row["label"] for row in json.loads((tmp_path / "summarise-quick.json").read_text())["rows"]] == ["base, full attention"]
+
+
+def test_summarise_writes_what_is_done_and_begins_nothing_after_its_limit(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 40))
+    monkeypatch.setattr(summarise.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(summarise, "learn", lambda positions, *_: (positions, 1.0))
+    missing, args = [], SimpleNamespace(limit=60, jobs=0)
+    found = summarise.each(["none", "near", "absolute"], None, args, missing)
+    assert next(found) == ("none", "none", 1.0) and not missing, "each is handed over when it is there, not at the end"
+    assert not list(found) and [why.split(":")[0] for why in missing] == ["positions=near", "positions=absolute"]
+    assert capsys.readouterr().err.count("not begun within --limit 60 seconds") == 2
