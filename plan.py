@@ -41,6 +41,10 @@ class Model(NamedTuple):
         """Does what these linears read serve a gradient of theirs?"""
         return any(f".{name}." in n for n in self.trains for name in linears)
 
+    def scaled(self, *linears):
+        """Of these linears of a block, what a token gets out of those that DoRA scales, which is kept beside that."""
+        return sum(self.shapes.get(f"model.layers.0.{part}.{name}.{DORA}", (0,))[0] for part in PARTS for name in linears)
+
 
 class How(NamedTuple):
     """What runs it. act: bytes of an activation; gpu: a device with its own memory; mlx: by MLX; fused: can kernels/frozen.py run?"""
@@ -88,7 +92,7 @@ def plan(m, a, how):
     N, S = a.length, a.segment or a.length
     T = a.micro * S  # tokens at work
     # kernels/frozen.py: its matrices are there, and its blocks work, where they take all tokens and heads at once
-    stacked = how.fused and not m.size("lora_mag") and all(".lora_" in n or ".memory." in n for n in m.trains)
+    stacked = how.fused and not m.size(DORA) and all(".lora_" in n or ".memory." in n for n in m.trains)
     fused = stacked and not a.mlp_tile and a.head_groups == 1
     mine, frozen = m.size("", trained=True), m.size("", trained=False)
     away = lambda flag: flag and how.gpu
@@ -122,25 +126,30 @@ def plan(m, a, how):
     group = sum(sorted(blocks)[-a.checkpoint :]) - x if a.checkpoint else 0
     inputs = -(-L // a.checkpoint) * x if a.checkpoint else 0
     host["activations"] = inputs if a.checkpoint and away(a.checkpoint_offload) else 0
+    # one input is there, and on its way the next
     activations = (2 * x if host["activations"] else inputs) if a.checkpoint else sum(blocks)
+    waits = x if host["activations"] else 0
     attention = max(attending(m, how, a, T, n * a.micro, fused, everything) for n, everything in zip(past, m.whole))
     attention += (3 if whole else 4) * max(scores)
-    block = group + x + max(inside(m, act, a, T, fused), attention)
+    # for a scale a matrix is made in float32, and two on the way there
+    matrix = 12 * max((math.prod(m.shapes[n.replace(DORA, "weight")]) for n in m.shapes if DORA in n), default=0)
+    block = group + x + max(inside(m, act, a, T, fused), attention, matrix)
 
     head, n = ("lm_head." if m.size("lm_head.") else "embed_tokens."), min(T, a.loss_chunk)
     trained = m.size(head, trained=True)
-    # with a second part of the step all gradients are there from the outset
+    # with a second part of the step all gradients are there from the outset, else the embedding's comes last, behind the first block
     more = bool(a.batch > a.micro or waiting)
     gradients, first = 4 * mine, 4 * (mine if more else trained)
+    late = 0 if more or head == "embed_tokens." else 4 * m.size("embed_tokens.", trained=True)
     loss = lost(m, how, n, x, trained, n < T)
     # what is replayed stays where it is (kernels/replayed.py), in rooms of its own
     replayed = bool(fused and how.gpu and a.segment and T <= SHORT and not a.checkpoint and bits >= 16)
     resting["kernels"] += replayed * act * T * (4 * C + 2 * (3 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
     least = x if a.checkpoint else activations if replayed else blocks[0]
     moments = {
-        "loss": {**resting, "gradients": 4 * (mine * more + trained * (n < T)), "activations": activations, "loss": loss},
+        "loss": {**resting, "gradients": 4 * (mine * more + trained * (n < T)), "activations": activations - waits, "loss": loss},
         "last block": {**resting, "gradients": first, "activations": activations, "block": block},
-        "first block": {**resting, "gradients": gradients, "activations": least, "block": block},
+        "first block": {**resting, "gradients": gradients - late, "activations": least, "block": block},
         "optimizer": {**resting, "gradients": gradients, "optimizer": adam},
     }
     return Plan(moments, {k: v for k, v in host.items() if v})
@@ -160,7 +169,7 @@ def beside(m):
     return total
 
 
-PARTS = "self_attn", "mlp"
+PARTS, DORA = ("self_attn", "mlp"), "lora_magnitude_vector.weight"
 
 
 def kept(m, how, a, T, past, fused):
@@ -173,7 +182,7 @@ def kept(m, how, a, T, past, fused):
     if fused:
         # input, queries and attention's answer
         return total + act * T * (C + 2 * HD + 64)
-    numbers = C + ranks
+    numbers = C + ranks + m.scaled("q_proj", "k_proj", "v_proj")
     if a.head_groups > 1:
         # what each group begins with
         numbers += C
@@ -191,11 +200,12 @@ def behind(m, how, a, T, fused):
     C, F = m.c.hidden_size, m.c.intermediate_size
     if fused:
         return how.act * T * (C + 2 * F + 3 * 64)
-    if a.mlp_tile:
-        return how.act * T * C
-    # the gate's two sides, and silu of one; what products read, and what a norm in steps keeps
-    numbers = C + 3 * F + C * m.reads("gate_proj", "up_proj") + F * m.reads("down_proj")
-    return how.act * T * (numbers + C * (not how.gpu) * m.reads("input_layernorm"))
+    numbers = C + m.scaled("o_proj")
+    if not a.mlp_tile:
+        # the gate's two sides, and silu of one; what products read, and what a norm in steps keeps
+        numbers += 3 * F + C * m.reads("gate_proj", "up_proj") + F * m.reads("down_proj") + m.scaled("gate_proj", "up_proj", "down_proj")
+        numbers += C * (not how.gpu) * m.reads("input_layernorm")
+    return how.act * T * numbers
 
 
 def inside(m, act, a, T, fused):

@@ -1,5 +1,6 @@
 """plan.py against what a step really takes: torch's arrays counted as they come and go, MLX's by MLX; and what follows from the plan."""
 
+import itertools
 import weakref
 from types import SimpleNamespace
 
@@ -105,6 +106,25 @@ def test_it_is_what_a_step_takes(way):
 
 
 CLOSE = 1.8
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora", "lora:targets=q_proj+v_proj", "lora:dora=true", "longlora"])
+def test_every_way_has_a_plan(adapter):
+    """On any device: whole numbers of bytes, and of weights and gradients at least as many as there are."""
+    devices = [plan.How(2, gpu, mlx, fused) for gpu, mlx, fused in ((True, False, True), (True, False, False), (True, True, False))]
+    for bits, segment in itertools.product((16, 4) if adapter.startswith("lora") else (16,), (None, 256, 8192)):
+        mine = {"attn": "window:window=65", "memory": "window:budget=64"} if segment else {}
+        with ops.shapes_only():
+            m = train.sizes_of(Llama(Config(**SHAPE, adapter=adapter, base_bits=bits, **mine)))
+        least = 4 * m.size("", trained=True)
+        for checkpoint, tile, groups, bptt, away, two in itertools.product((0, 3), (None, 128), (1, 2), ("all", 0), (False, True), (1, 2)):
+            a = {"length": 16384, "segment": segment, "checkpoint": checkpoint, "mlp_tile": tile, "head_groups": groups, "bptt": bptt}
+            a |= {"micro": two, "batch": 2, "loss_chunk": 64 if two == 1 else 1 << 20, "offload": away, "optimizer_offload": away}
+            a = SimpleNamespace(**DEFAULT | a | {"checkpoint_offload": away and checkpoint > 0})
+            for how in (*devices, plan.How(4)):
+                p = plan.plan(m, a, how)
+                assert all(type(n) is int and n >= 0 for of in (*p.moments.values(), p.host) for n in of.values()), (a, how)
+                assert p.moments["optimizer"]["weights"] >= least == p.moments["optimizer"]["gradients"] and p.table() and p.line()
 
 
 def test_it_is_printed_and_nothing_is_loaded(world, tmp_path, monkeypatch, capsys):  # noqa: F811
