@@ -8,8 +8,8 @@
     loss          logits of a chunk, three times in float32: their softmax, and two gradients; once as they are where nothing of it trains
     boundaries    with --segment: the state at work, the gradients handed through it, and what waits of the others
 
-The peak is the largest of a few moments: the loss, the last block's backward pass, the first one's (all gradients are there), and the
-optimizer's step. A state is counted as the keys and values of its slots.
+The peak is the largest of a few moments: the loss, the last block's backward pass, the first one's (all gradients are there, and before,
+where some are recomputed together, its group's), and the optimizer's step. A state is counted as the keys and values of its slots.
 
 Pure Python, no framework: sizes come from the config and from a model without weights. bench/plan.py measures how near this comes.
 """
@@ -132,8 +132,11 @@ def plan(m, a, how):
     attention = max(attending(m, how, a, T, n * a.micro, fused, everything) for n, everything in zip(past, m.whole))
     attention += (3 if whole else 4) * max(scores)
     # for a scale a matrix is made in float32, and two on the way there
-    matrix = 12 * max((math.prod(m.shapes[n.replace(DORA, "weight")]) for n in m.shapes if DORA in n), default=0)
-    block = group + x + max(inside(m, act, a, T, fused), attention, matrix)
+    matrix = 12 * max((math.prod(m.shapes.get(n.replace(DORA, "weight"), [0])) for n in m.shapes if DORA in n), default=0)
+    work = x + max(inside(m, act, a, T, fused), attention, matrix)
+    # the last one of a group that is recomputed; when the first one's turn has come, others have gone and left their gradients
+    block, alone = group + work, (max(blocks) - x) * bool(a.checkpoint) + work
+    left = 4 * max(0, a.checkpoint - 1) * m.size(".layers.0.", trained=True)
 
     head, n = ("lm_head." if m.size("lm_head.") else "embed_tokens."), min(T, a.loss_chunk)
     trained = m.size(head, trained=True)
@@ -149,9 +152,13 @@ def plan(m, a, how):
     moments = {
         "loss": {**resting, "gradients": 4 * (mine * more + trained * (n < T)), "activations": activations - waits, "loss": loss},
         "last block": {**resting, "gradients": first, "activations": activations, "block": block},
-        "first block": {**resting, "gradients": gradients - late, "activations": least, "block": block},
+        "first group": {**resting, "gradients": gradients - late - left, "activations": least, "block": block},
+        "first block": {**resting, "gradients": gradients - late, "activations": least, "block": alone},
         "optimizer": {**resting, "gradients": gradients, "optimizer": adam},
     }
+    if a.checkpoint < 2 or more:
+        # they are the same, or what the last block has is more
+        del moments["first group"]
     return Plan(moments, {k: v for k, v in host.items() if v})
 
 
