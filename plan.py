@@ -130,10 +130,9 @@ def plan(m, a, how):
     # with a second part of the step all gradients are there from the outset
     gradients, first = 4 * mine, 4 * (mine if a.batch > a.micro or waiting else trained)
     loss = n * c.vocab_size * (act if fused else 12) + (3 if n < T else 2) * x + (4 + act * (act < 4)) * trained
-    # what is replayed stays where it is (kernels/replayed.py), in rooms of its own
-    replayed = bool(fused and how.gpu and a.segment and T <= SHORT and not a.checkpoint and bits >= 16)
-    resting["kernels"] += replayed * act * T * (4 * C + 2 * (3 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
-    least = x if a.checkpoint else activations if replayed else blocks[0]
+    # what is replayed (kernels/replayed.py) has its place, and gradients of a state are there twice while they are handed on
+    replayed = how.gpu and not how.mlx and short(a, m.size(".layers.0."))
+    least = (x if a.checkpoint else blocks[0]) + state * bool(replayed and waiting)
     moments = {
         "loss": {**resting, "gradients": first, "activations": activations, "loss": loss},
         "last block": {**resting, "gradients": first, "activations": activations, "block": block},
@@ -143,7 +142,12 @@ def plan(m, a, how):
     return Plan(moments, {k: v for k, v in host.items() if v})
 
 
-SHORT = 4096  # rows up to which segments are replayed: a host of some ten microseconds a kernel is the slower one (8B shape, H100)
+def short(a, block):
+    """Are segments of the arguments `a` so short that a GPU would wait for its host, a block having so many numbers?"""
+    return bool(a.segment) and a.segment * a.micro * block <= SHORT and not a.checkpoint_offload
+
+
+SHORT = 4096 * 218 << 20  # tokens times numbers: a host of some ten microseconds a kernel is the slower one (8B shape, H100)
 KERNELS = 1 << 28  # bytes that a GPU's libraries work in, and lists of blocks
 
 
