@@ -104,10 +104,10 @@ def forward(model, piece, loss, state):
 def backward(model, run, loss, state, grads, offload, of=1, keep=False):
     """As accumulate, for a run of segments from a state on, between whose boundaries nothing is cut; if keep returns the state after it
     too, else None."""
-    park = ops.parked if offload else Here
     saved, outs, handed, end = [], [], None, None
     # what a replay gives is there until the next one
     lasting = (lambda tree: tree) if model.replays is None else model.replays.safe
+    park = ops.parked if offload else lambda tree, more: Here(lasting(tree))
     # the state that this run begins with stays whole
     first = Here(lasting(state))
     with ops.no_grad():
@@ -130,7 +130,7 @@ def backward(model, run, loss, state, grads, offload, of=1, keep=False):
         handed = None
         out, grads = work(model, through, given, grads, loss=loss, keep=keep and end is None)
         handed, end = out["handed"], end or lasting(out["state"])
-        outs.insert(0, (out["loss"], *out["seen"]))
+        outs.insert(0, lasting((out["loss"], *out["seen"])))
     return outs, end, grads
 
 
@@ -180,7 +180,7 @@ def through(model, given, grads, loss, keep):
 class Here:
     """A tree that stays where it is, as ops.parked() gives one that does not."""
 
-    def __init__(self, tree, more=0):
+    def __init__(self, tree):
         self.tree = tree
 
     def fetch(self):

@@ -1,19 +1,20 @@
 """Segments that are alike, asked for at once: a segment's forward pass, or its forward and backward pass, as one CUDA graph.
 
 A host needs some ten microseconds to ask for a kernel, and a short segment's kernels do not take much longer: then the device waits for
-the host. But in the middle of a long row one segment is like the next: so many tokens, so many remembered, the same kernels. All that
-differs are numbers in memory, and that everybody stands so many places farther. So a segment's work is a function of a tree (segments.py);
-when a tree looks like the one before, the function is run once more, recorded as it runs, and from then on replayed: what it reads is
-copied to where it was, what it gives stays where it is.
+the host. But in a long row one segment is like the next: so many tokens, so many remembered, the same kernels. All that differs are
+numbers in memory, and that everybody stands so many places farther. So a segment's work is a function of a tree (segments.py); when a
+tree looks like one before, in this row or another, the function is recorded as it runs, and from then on replayed: what it reads is copied
+to where it was, what it gives stays where it is.
 
 What the host reckons itself is as it was at the recording: it must be the same for whoever stands farther. Positions are in the tree
 (Known). Attention is asked what its kernels are told (kernels.heard), and only rules are replayed that say the same of all later segments
-(kernels.spans.moves); so are only memories that hold tokens as they were written (`slides`), and only position schemes that `move`.
+(kernels.spans.moves); so are only memories that hold so many tokens as they were written (`slides`), and only position schemes that `move`.
 
 Without CUDA a replay runs the function again, with the host's numbers of the recording: what tests can see of it.
 """
 
 import functools
+import math
 import warnings
 
 import kernels
@@ -33,24 +34,26 @@ class Replays:
 
     def __init__(self, model, most, settle=lambda: None):
         self.model, self.most, self.settle = model, most, settle
-        self.made, self.rooms, self.homes, self.done = {}, {}, set(), []
+        self.made, self.seen, self.rooms, self.homes, self.done = {}, set(), {}, set(), []
         self.stream, self.pool = (torch.cuda.Stream(), torch.cuda.graph_pool_handle()) if ops.on_gpu() else (None, None)
-        self.begin()
+        self.read = None
 
     def begin(self):
-        """Another row."""
-        self.last = {}
+        """Another row: parameters that are other arrays now are not what was recorded."""
+        read = [p.data_ptr() for p in self.model.parameters()]
+        if read != self.read:
+            self.made, self.read = {}, read
 
     def __call__(self, name, f, given, grads, onwards):
         """f(given, grads) -> (out, grads): the work of this name; given and out are dicts of trees, grads name -> array, used up.
-        onwards: a key of both, what is there in `out` being given to the next one; it is good until then, and the rest for good."""
+        onwards: a key of both, what is there in `out` being given to the next one. All of out is good until the next call."""
         if not self.serves(given):
             return self.eagerly(f, given, grads)
-        key = name, looks(given, given["state"]["next"])
-        again, self.last[name] = self.last.get(name) == key, key
+        key = name, looks(given, origin(given))
         if self.made.get(key):
             return self.made[key](given, grads)
-        if not again or key in self.made:
+        if key in self.made or key not in self.seen or len(self.made) == MOST:
+            self.seen.add(key)
             return self.eagerly(f, given, grads)
         there = self.placed(given)
         kernels.heard = heard = []
@@ -64,10 +67,10 @@ class Replays:
     def serves(self, given):
         """May the host's numbers be those of another segment?"""
         tokens, begin, state = given["piece"]["tokens"], given["piece"]["begin"], given["state"]
-        plain = all(type(m).__module__.startswith("memory.") and m.slides for m in self.model.memories())
+        plain = all(type(m).__module__.startswith("memory.") and m.slides and m.size is not None for m in self.model.memories())
         plain = plain and self.model.around is None and all(p.moves for p in self.model.model.positions)
         plain = plain and not getattr(self.model.adapter.options, "dropout", 0)
-        known = state is not None and all(isinstance(s["n"], int) and s["first"] is not None for s in state["layers"])
+        known = state is None or all(isinstance(s["n"], int) and s["first"] is not None for s in state["layers"])
         return begin is None and tokens.numel() <= self.most and plain and known
 
     def eagerly(self, f, given, grads):
@@ -101,10 +104,14 @@ class Replays:
         return self.room(path, (), torch.float32).fill_(tree) if path == ("of",) else tree
 
     def room(self, path, shape, dtype):
-        key = path, shape, dtype
+        """An array for good; of several of one path all stand in the largest one's memory, where that came first."""
+        key = path, tuple(shape), dtype
         if key not in self.rooms:
-            self.rooms[key] = torch.empty(shape, dtype=dtype, device=ops.device())
-            self.homes.add(self.rooms[key].data_ptr())
+            n, like = math.prod(shape), [a for (p, _, d), a in self.rooms.items() if (p, d) == (path, dtype)]
+            large = next((a for a in like if a.numel() >= n), None)
+            new = torch.empty(n, dtype=dtype, device=ops.device()) if large is None else large.reshape(-1)[:n]
+            self.rooms[key] = new.reshape(shape)
+            self.homes.add(new.data_ptr())
         return self.rooms[key]
 
     def over(self, s, later):
@@ -115,8 +122,11 @@ class Replays:
     def wait(self):
         """The host is not far ahead: what it hands out meanwhile waits in the device's memory."""
         self.done.append(torch.cuda.current_stream().record_event())
-        if len(self.done) > 2:
+        if len(self.done) > 1:
             self.done.pop(0).synchronize()
+
+
+MOST = 64  # graphs; rows of ever other lengths are not recorded for ever
 
 
 class Known(int):
@@ -139,9 +149,7 @@ class Replay:
 
     def __init__(self, f, given, grads, onwards, shared):
         self.f, self.given, self.grads, self.shared = f, given, dict(grads or {}), shared
-        # where nothing was handed in, nothing has a place
-        self.onwards = onwards if given.get(onwards) is not None else None
-        self.origin, self.graph = int(given["state"]["next"]), None
+        self.onwards, self.origin, self.graph = onwards, origin(given), None
         if shared.pool is None:
             return
         # with all kernels that these numbers' places want
@@ -161,6 +169,7 @@ class Replay:
         finally:
             # lists that the kernels read
             self.held, Recent.noted = Recent.noted, None
+        shared.homes |= {x.untyped_storage().data_ptr() for x in leaves(self.out)}
         shared.settle()
 
     def run(self):
@@ -169,13 +178,12 @@ class Replay:
         if any(grads[n] is not g for n, g in self.grads.items()):
             raise RuntimeError("a gradient was not added to in place")
         out = {k: ops.tree_map(functools.partial(self.own, whole=k == self.onwards), x) for k, x in out.items()}
-        return {k: put(self.given[k], x) if k == self.onwards else x for k, x in out.items()}
+        return {k: self.shared.placed(x, k) if k == self.onwards else x for k, x in out.items()}
 
     def own(self, x, whole):
         """x in memory that is not that of `given`, unless it is one of its arrays as a whole and may be."""
-        given = leaves(self.given)
-        inside = x.untyped_storage().data_ptr() in {a.untyped_storage().data_ptr() for a in given}
-        return x.clone() if inside and not (whole and x.data_ptr() in {a.data_ptr() for a in given}) else x
+        near = [a for a in leaves(self.given) if a.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()]
+        return x.clone() if near and not (whole and any(one(a, x) for a in near)) else x
 
     def __call__(self, given, grads):
         shared = self.shared
@@ -189,8 +197,12 @@ class Replay:
             self.graph.replay()
             shared.settle()
             shared.wait()
-        out = {k: x if k == self.onwards else ops.tree_map(torch.clone, x) for k, x in self.out.items()}
-        return moved(out, given["state"]["next"] - self.origin), dict(self.grads)
+        return moved(self.out, origin(given) - self.origin), dict(self.grads)
+
+
+def origin(given):
+    """Where the segment begins."""
+    return int(given["state"]["next"]) if given["state"] else 0
 
 
 def leaves(tree):
@@ -202,10 +214,15 @@ def leaves(tree):
 def put(to, x):
     """The tree x, its arrays where those of `to` are."""
     if torch.is_tensor(x):
-        return to if to.data_ptr() == x.data_ptr() else to.copy_(x)
+        return to if one(to, x) else to.copy_(x)
     if isinstance(x, dict):
         return {k: put(to.get(k), a) for k, a in x.items()}
     return [put(there, a) for there, a in zip(to, x, strict=True)] if isinstance(x, list | tuple) else x
+
+
+def one(a, b):
+    """Are two arrays the same numbers in memory?"""
+    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
 
 def fresh(tree):
