@@ -335,6 +335,7 @@ class Llama(Module):
         self.dtype = None  # of the activations; None: the embedding's
         self.run = ops.call  # how the head is called
         self.chunk = None  # losses: tokens whose logits exist at once; None: all
+        self.replays = None  # training in segments: a kernels.replayed.Replays, or None
         try:
             self.adapter.module.apply(self, self.adapter.options)
         except ValueError as no:
@@ -414,6 +415,8 @@ class Llama(Module):
     def number(self, tokens, start, padded):
         """Positions [B, 1, T] of tokens that follow `start` others, and how many they are."""
         B, T = tokens.shape
+        # the device's own number, where it has one (kernels.replayed.Known)
+        start = getattr(start, "there", start)
         if not padded:
             pos = ops.arange(T, tokens)[None, None] + (start if isinstance(start, int) else ops.cast(start, ops.int32).reshape(-1, 1, 1))
             return ops.expand(pos, (B, 1, T)), T
@@ -465,8 +468,10 @@ class Llama(Module):
         return {**state, "layers": [m.gone(*of) for m, *of in zip(self.memories(), state["layers"], later["layers"])]}
 
     def again(self, state, later):
-        """The state of which gone() left this."""
-        return {**state, "layers": [m.again(*of) for m, *of in zip(self.memories(), state["layers"], later["layers"])]}
+        """The state of which gone() left this; `later` is used up."""
+        over = (lambda s, later: s) if self.replays is None else self.replays.over
+        layers = zip(self.memories(), state["layers"], later["layers"])
+        return {**state, "layers": [over(m.again(s, after), after) for m, s, after in layers]}
 
     def memories(self):
         return [block.self_attn.memory for block in self.model.layers]

@@ -145,10 +145,9 @@ def plan(m, a, how):
     gradients, first = 4 * mine, 4 * (mine if more else trained)
     late = 0 if more or head == "embed_tokens." else 4 * m.size("embed_tokens.", trained=True)
     loss = lost(m, how, n, x, trained, n < T)
-    # what is replayed stays where it is (kernels/replayed.py), in rooms of its own
-    replayed = bool(fused and how.gpu and a.segment and T <= SHORT and not a.checkpoint and bits >= 16)
-    resting["kernels"] += replayed * act * T * (4 * C + 2 * (3 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
-    least = x if a.checkpoint else activations if replayed else blocks[0]
+    # what is replayed (kernels/replayed.py) has its place, and gradients of a state are there twice while they are handed on
+    replayed = how.gpu and not how.mlx and short(a, m.size(".layers.0."))
+    least = (x if a.checkpoint else blocks[0]) + state * bool(replayed and waiting)
     moments = {
         "loss": {**resting, "gradients": 4 * (mine * more + trained * (n < T)), "activations": activations - waits, "loss": loss},
         "last block": {**resting, "gradients": first, "activations": activations, "block": block},
@@ -162,7 +161,12 @@ def plan(m, a, how):
     return Plan(moments, {k: v for k, v in host.items() if v})
 
 
-SHORT = 4096  # rows up to which segments are replayed: a host of some ten microseconds a kernel is the slower one (8B shape, H100)
+def short(a, block):
+    """Are segments of the arguments `a` so short that a GPU would wait for its host, a block having so many numbers?"""
+    return bool(a.segment) and a.segment * a.micro * block <= SHORT and not a.checkpoint_offload
+
+
+SHORT = 4096 * 218 << 20  # tokens times numbers: a host of some ten microseconds a kernel is the slower one (8B shape, H100)
 KERNELS = 1 << 26  # bytes that a GPU's libraries work in: 32 MiB for each of the two threads that multiply
 
 
@@ -218,10 +222,10 @@ def behind(m, how, a, T, fused):
 def inside(m, act, a, T, fused):
     """Bytes at work behind attention beside what is kept and the gradient of the block's output, at the worst moment."""
     tile = min(T, a.mlp_tile * a.micro) if a.mlp_tile else T
-    C, F, HD, KD = m.c.hidden_size, m.c.intermediate_size, m.c.num_attention_heads * m.c.head_dim, m.c.num_key_value_heads * m.c.head_dim
+    C, F = m.c.hidden_size, m.c.intermediate_size
     if fused:
-        # two gradients; or on the way there what q, k and v are parts of, attention's answer as rows, the gate's answer and the output
-        return act * T * max(C + F, 2 * HD + 2 * KD + F + C + 2 * 64 - (0 if a.checkpoint else C))
+        # two gradients, or when it is made again the gate's answer and the output
+        return act * T * (C + F + 64)
     if tile == T:
         return act * 2 * F * T
     # a tile with its gradients, beside gradients of others; or one that is made, beside others and what attention gave

@@ -19,6 +19,7 @@ run are read twice; with bptt=0 none is.
 """
 
 import functools
+from types import SimpleNamespace
 
 import ops
 
@@ -36,9 +37,12 @@ def runs(pieces, bptt):
 
 
 def inputs(batch):
-    """Tokens and begin [B, T] as the model takes them; begin None where all of it is one document's, which is faster."""
+    """A data.Batch as the model takes it: arrays; begin None where all of it is one document's, which is faster."""
+    if ops.is_array(batch.tokens):
+        return batch
     # padding stands in documents of its own: any token will do
-    return ops.array(batch.tokens.clip(0)), ops.array(batch.begin) if batch.begin.any() else None
+    begin = ops.array(batch.begin) if batch.begin.any() else None
+    return batch._replace(tokens=ops.array(batch.tokens.clip(0)), begin=begin, targets=ops.array(batch.targets))
 
 
 def read(model, tokens, state, **how):
@@ -69,15 +73,18 @@ def total(model, pieces, loss):
     return lost
 
 
-def accumulate(model, pieces, loss, grads, bptt="all", offload=False):
-    """The gradient of the summed loss of a row's pieces, added to grads (name -> array, used up).
+def accumulate(model, pieces, loss, grads, bptt="all", offload=False, of=1):
+    """The gradient of the summed loss of a row's pieces, divided by `of`, added to grads (name -> array, used up).
 
     loss(call, piece) -> scalar, where call(tokens, ...) is the model's own call. offload: boundaries' states wait in the host's memory.
     Returns ([(loss, what each observer saw...) of every piece], grads).
     """
-    state, outs = None, []
-    for run in runs(pieces, bptt):
-        mine, state, grads = backward(model, run, loss, state, grads, offload)
+    state, outs, pieces = None, [], [inputs(piece) for piece in pieces]
+    if model.replays is not None:
+        model.replays.begin()
+    todo = runs(pieces, bptt)
+    for run in todo:
+        mine, state, grads = backward(model, run, loss, state, grads, offload, of, keep=run is not todo[-1])
         outs += mine
     return outs, grads
 
@@ -94,21 +101,24 @@ def forward(model, piece, loss, state):
     return loss(call, piece), *left
 
 
-def backward(model, run, loss, state, grads, offload):
-    """As accumulate, for a run of segments from a state on, between whose boundaries nothing is cut; returns the state after it too."""
-    park = ops.parked if offload else Here
+def backward(model, run, loss, state, grads, offload, of=1, keep=False):
+    """As accumulate, for a run of segments from a state on, between whose boundaries nothing is cut; if keep returns the state after it
+    too, else None."""
     saved, outs, handed, end = [], [], None, None
+    # what a replay gives is there until the next one
+    lasting = (lambda tree: tree) if model.replays is None else model.replays.safe
+    park = ops.parked if offload else lambda tree, more: Here(lasting(tree))
+    # the state that this run begins with stays whole
+    first = Here(lasting(state))
     with ops.no_grad():
         for i, piece in enumerate(run[:-1]):
-            tokens, begin = inputs(piece)
-            # logits are of no use here: those of one token are made, since some are
-            _, after, *_ = read(model, tokens, state, begin=begin, last=1)
-            # the state that this run begins with stays whole
-            gone = model.gone(state, after) if saved else None
-            ops.begin(after, gone)
-            saved.append(park(gone, len(run) - 2 - i) if saved else Here(state))
-            state, gone = after, None
+            out, _ = work(model, onward, {"piece": piece, "state": state})
+            ops.begin(out["state"], out["gone"] if saved else None)
+            saved.append(park(out["gone"], len(run) - 2 - i) if saved else first)
+            state = out.pop("state")
+            del out
     saved.append(Here(state))
+    first = state = None
     for piece in reversed(run):
         before = saved.pop().back()
         # the first of them is whole, and so is the last
@@ -116,23 +126,46 @@ def backward(model, run, loss, state, grads, offload):
         if saved:
             # while this segment is computed
             saved[-1].fetch()
-        one, seen, after, handed, grads = through(model, piece, loss, state, handed, grads, keep=end is None)
-        outs.insert(0, (one, *seen))
-        end = end or after
+        given = {"piece": piece, "state": state, "handed": handed, "of": of}
+        handed = None
+        out, grads = work(model, through, given, grads, loss=loss, keep=keep and end is None)
+        handed, end = out["handed"], end or lasting(out["state"])
+        outs.insert(0, lasting((out["loss"], *out["seen"])))
     return outs, end, grads
 
 
-def through(model, piece, loss, state, handed, grads, keep):
-    """One segment with its gradients. handed: those of the state after it (used up), by parts(); None: nothing comes after. Returns (the
-    loss, what the observers saw, if keep the state after it, the gradients of `state`, grads)."""
+def work(model, job, given, grads=None, **how):
+    """(what a job makes of `given`, a dict of trees, as a dict of trees; grads): replayed, where that is the same and faster."""
+    f, given = functools.partial(job, model, **how), given | {"piece": {k: getattr(given["piece"], k) for k in PIECE}}
+    if model.replays is None:
+        return f(given, grads)
+    return model.replays((job.__name__, how.get("keep")), f, given, grads, onwards="state" if job is onward else "handed")
+
+
+PIECE = "tokens", "targets", "begin"
+
+
+def onward(model, given, grads):
+    """A segment without gradients: the state after it, and what of the one before waits."""
+    piece, state = given["piece"], given["state"]
+    # logits are of no use here: those of one token are made, since some are
+    _, after, *_ = read(model, piece["tokens"], state, begin=piece["begin"], last=1)
+    return {"gone": state and model.gone(state, after), "state": after}, grads
+
+
+def through(model, given, grads, loss, keep):
+    """A segment with its gradients, which are added to grads. handed: those of the state after it (used up), by parts(); None: nothing
+    comes after. Gives the loss, what the observers saw, if keep the state after it, and as `handed` the gradients of `state`."""
+    piece, state, handed = SimpleNamespace(**given["piece"]), given["state"], given["handed"]
 
     def f(*arrays):
-        given = filled(state, arrays)
+        now = filled(state, arrays)
         early = handed and state and model.around is None
         if early:
             # a layer's state meets its gradient as soon as it is there, and goes
-            given["layers"] = [{**s, "then": functools.partial(met, g)} for s, g in zip(given["layers"], handed)]
-        one, after, seen, aux = forward(model, piece, loss, given)
+            now["layers"] = [{**s, "then": functools.partial(met, g)} for s, g in zip(now["layers"], handed)]
+        one, after, seen, aux = forward(model, piece, loss, now)
+        one = one / given["of"]
         total = one + aux + sum(map(along, handed[-1:] if early else handed, parts(after)[-1:] if early else parts(after)))
         # whoever wants one in the backward pass has it, and lets go of it then
         handed.clear()
@@ -141,13 +174,13 @@ def through(model, piece, loss, state, handed, grads, keep):
     handed, mine = handed or [], parts(state)
     (_, one, after, *seen), flat, grads = ops.accumulate_through(model, f, [x for part in mine for x in part], grads)
     flat = iter(flat)
-    return one, seen, after, [[next(flat) for _ in part] for part in mine], grads
+    return {"loss": one, "seen": seen, "state": after, "handed": [[next(flat) for _ in part] for part in mine]}, grads
 
 
 class Here:
     """A tree that stays where it is, as ops.parked() gives one that does not."""
 
-    def __init__(self, tree, more=0):
+    def __init__(self, tree):
         self.tree = tree
 
     def fetch(self):

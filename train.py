@@ -143,11 +143,11 @@ def depth(text):
 
 def use_backend(name):
     """Import what stands on a framework; not at the top of the file, because the backend must be chosen before."""
-    global coded, frozen, llama, ops, segments
+    global coded, frozen, llama, ops, replayed, segments
     ops = cli.use_backend(name)
     import model as llama
     import segments
-    from kernels import coded, frozen
+    from kernels import coded, frozen, replayed
 
 
 def settle(given):
@@ -376,16 +376,18 @@ def prepare(model, a):
     ops.set_parameters(model, {n: ops.cast(p, model.dtype) for n, p in still.items()})
     ops.freeze(model, still.keys() | observed)
     model.model.patterns(training=True)
-    frozen.use(model, repeated(a))
+    settle = frozen.use(model)
+    if replays(model, a):
+        model.replays = replayed.Replays(model, a.segment * a.micro, settle)
     # read now: a checkpoint that is read lazily may be pruned before its first use
     ops.wait(ops.parameters(model))
     return model
 
 
-def repeated(a):
-    """How many rows the kernels of a segment work on, where they are so few that a GPU would wait for its host; else None."""
-    rows = (a.segment or 0) * a.micro
-    return rows if 0 < rows <= plan.SHORT and not a.checkpoint and not a.mlp_tile and a.head_groups == 1 else None
+def replays(model, a):
+    """Are segments so short that a GPU would wait for its host, and can they be asked for at once?"""
+    block = sum(math.prod(p.shape) for n, p in ops.parameters(model).items() if ".layers.0." in n)
+    return ops.BACKEND == "torch" and ops.on_gpu() and plan.short(a, block)
 
 
 def corpora(a, tokenizer):
@@ -403,8 +405,8 @@ def corpora(a, tokenizer):
 
 def nats(model, batch):
     """The summed loss of a batch's target tokens, in nats."""
-    tokens, begin = segments.inputs(batch)
-    return model(tokens, begin=begin, targets=ops.array(batch.targets)).sum()
+    batch = segments.inputs(batch)
+    return model(batch.tokens, begin=batch.begin, targets=batch.targets).sum()
 
 
 def loss_and_seen(model, batch, total):
@@ -435,8 +437,7 @@ def train_step(model, optimizer, batch, micro, clip, lr, segment=None, bptt="all
         # the same in a run that was resumed, and however often this part is computed
         model.shake(zlib.crc32(part.tokens.tobytes()))
         if segment:
-            mean = lambda call, piece: nats(call, piece) / total
-            out, grads = segments.accumulate(model, segments.cut(part, segment), mean, grads, bptt, offload)
+            out, grads = segments.accumulate(model, segments.cut(part, segment), nats, grads, bptt, offload, total)
             parts += out
         else:
             out, grads = ops.accumulate(model, lambda part=part: loss_and_seen(model, part, total), grads)

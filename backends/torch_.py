@@ -494,10 +494,14 @@ def checkpoint(module, x, *rest):
     """module(x, *rest), its inner activations recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174). x: an array that has
     a gradient, or a list of those."""
     if is_array(x):
-        return _checkpoint(module, x, *rest, use_reentrant=False)
+        return _checkpoint(module, x, *rest, **_ONCE_MORE)
     # what is not an argument by itself would be held for the backward pass, even inside of what is made once more
     n = len(x)
-    return _checkpoint(lambda *given: module(given[:n], *given[n:]), *x, *rest, use_reentrant=False)
+    return _checkpoint(lambda *given: module(given[:n], *given[n:]), *x, *rest, **_ONCE_MORE)
+
+
+# what is random in training is a function of a seed of its own
+_ONCE_MORE = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def checkpoint_offloaded(module, x, *rest):
@@ -552,7 +556,7 @@ def _copying(device):
 
 def recomputed(f, *arrays):
     """f(*arrays), what it keeps for the gradients of the arrays made once more in the backward pass."""
-    return _checkpoint(f, *arrays, use_reentrant=False) if torch.is_grad_enabled() else f(*arrays)
+    return _checkpoint(f, *arrays, **_ONCE_MORE) if torch.is_grad_enabled() else f(*arrays)
 
 
 def value_and_grad(model, f):

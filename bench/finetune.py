@@ -5,10 +5,11 @@
     python bench/finetune.py --case name=a,length=8k,checkpoint --case name=b,length=8k,segment=2k --compare a b
     NANOLONG_BACKEND=mlx python bench/finetune.py --shape 1b --case attn=longformer:window=1024,n_global=64,length=100k,segment=1k
 
-A case is made of fields: name, attn, pos, memory, adapter, dtype, length, segment, base_bits, bptt, loss_chunk, mlp_tile, head_groups,
-repeat with a value; checkpoint, offload alone. Not given, the memory is the one that keeps what the pattern sees. Weights are random, the
-same in all cases, and wide enough that attention matters; tokens are random. After a short row that compiles kernels one step is timed,
-optimizer included, of rows up to 32K the median of three. The learning rate is 0, so that every step sees the same weights.
+A case is made of fields: name, attn, pos, memory, adapter, dtype, length, batch, segment, base_bits, bptt, loss_chunk, mlp_tile,
+head_groups, repeat, warm with a value; checkpoint, offload alone. Not given, the memory is the one that keeps what the pattern sees.
+Weights are random, the same in all cases, and wide enough that attention matters; tokens are random. After a short row that compiles
+kernels (warm: one of so many tokens) one step is timed, optimizer included, of rows up to 32K the median of three. The learning rate is
+0, so that every step sees the same weights.
 
     peer      transformers' model with peft's LoRA, checkpointing and the framework's fused attention, cuDNN's where it is there
     plain     blocks as model.py has them, without kernels/frozen.py
@@ -40,12 +41,13 @@ import plugins
 from errors import Refused
 
 WORDS = ("name", "attn", "pos", "memory", "adapter", "engine", "dtype")
-NUMBERS = ("length", "segment", "base_bits", "loss_chunk", "mlp_tile", "head_groups", "repeat", "hopper", "replay")
+NUMBERS = ("length", "segment", "base_bits", "loss_chunk", "mlp_tile", "head_groups", "repeat", "hopper", "replay", "batch", "warm")
 FLAGS = ("checkpoint", "offload", "peer", "plain", "profile")
 DEFAULT = {
     **dict.fromkeys(WORDS + NUMBERS),
     **dict.fromkeys(FLAGS, False),
-    "bptt": "all",
+    "bptt": None,
+    "batch": 1,
     "attn": "full",
     "pos": "rope",
     "loss_chunk": 2048,
@@ -92,12 +94,12 @@ def one_memory(rule):
     return f"window:budget={max(1, getattr(o, reach) - 1)}" if reach else "full"
 
 
-def row(length, vocabulary):
+def rows(batch, length, vocabulary):
     import data
 
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (1, length)).astype("int32")
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (batch, length)).astype("int32")
     targets = np.concatenate([tokens[:, 1:], tokens[:, :1] * 0 - 1], 1)
-    return data.Batch(tokens, targets, tokens * 0, [[]])
+    return data.Batch(tokens, targets, tokens * 0, [[]] * batch)
 
 
 def weight(name, shape, dtype):
@@ -144,18 +146,19 @@ def ours(c, shape, drawn):
         new = Coded(new, c.base_bits, getattr(ops, c.dtype or drawn)) if name in model.coded else new
         ops.set_parameters(model, {name: new})
     savers = {"checkpoint": c.checkpoint, "checkpoint_offload": False, "loss_chunk": c.loss_chunk, "mlp_tile": c.mlp_tile}
-    savers |= {"segment": None if c.replay == 0 else c.segment, "micro": 1, "head_groups": c.head_groups or 1}
+    savers |= {"segment": None if c.replay == 0 else c.segment, "micro": c.batch, "head_groups": c.head_groups or 1}
     train.prepare(model, SimpleNamespace(dtype=c.dtype or drawn, **savers))
     if c.plain:
         for module in (model, *model.model.layers):
             vars(module).pop("losses", None), vars(module).pop("forward", None)
     optimizer = Noted(ops.AdamW(model, (0.9, 0.95), 1e-8, 0.1))
+    c.bptt = train.reach(model, c) if c.segment else None
 
     def step(length):
         optimizer.seen = {}
         segment = c.segment if c.segment and c.segment < length else None
-        batch = row(length, model.config.vocab_size)
-        loss = train.train_step(model, optimizer, batch, 1, math.inf, 0.0, segment, c.bptt, c.offload)[0]
+        batch = rows(c.batch, length, model.config.vocab_size)
+        loss = train.train_step(model, optimizer, batch, c.batch, math.inf, 0.0, segment, c.bptt, c.offload)[0]
         ops.wait(ops.parameters(model))
         return loss
 
@@ -199,7 +202,7 @@ def peer(c, shape, drawn):
 
     def step(length):
         optimizer.zero_grad(set_to_none=True)
-        tokens = ops.array(row(length, model.config.vocab_size).tokens).long()
+        tokens = ops.array(rows(c.batch, length, model.config.vocab_size).tokens).long()
         with sdpa_kernel(order, set_priority=True) if device.type == "cuda" else nullcontext():
             loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
@@ -263,11 +266,14 @@ def with_engine(c):
 
 
 def warm(c):
-    """A row that has every kind of segment: those while the memory fills, and the last one."""
+    """The length of a row that has every kind of segment: those while the memory fills, and the last one."""
+    if c.warm:
+        return c.warm
     if not c.segment:
         return min(c.length, 8192)
     kept = max(getattr(plugins.parse("memory", m).options, "budget", 0) for m in plugins.layers("memory", c.memory))
-    return min(c.length, c.segment * (2 + -(-kept // c.segment)))
+    # and some more, of which kernels/replayed.py may record one
+    return min(c.length, c.segment * (5 + -(-kept // c.segment)))
 
 
 def measure(c, args, wanted):
@@ -279,7 +285,9 @@ def measure(c, args, wanted):
     step, grads = (peer if c.peer else ours)(c, args.sizes, args.dtype)
     made = time.perf_counter() - start
     start, times = time.perf_counter(), []
-    step(warm(c))
+    for _ in range(2 if c.segment else 1):
+        # what was seen once may be recorded (kernels/replayed.py)
+        step(warm(c))
     warmed, held = time.perf_counter() - start, ops.reset_peak()
     with Host() as host:
         for _ in range(c.repeat or (3 if c.length <= 32768 else 1)):
@@ -288,11 +296,26 @@ def measure(c, args, wanted):
             times.append(time.perf_counter() - start)
     peak, seconds = ops.peak_memory(), sorted(times)[len(times) // 2]
     gib = lambda n: None if n is None else round(n / GIB, 3)
-    found = {"seconds": round(seconds, 3), "range": [round(min(times), 3), round(max(times), 3)], "tokens/s": round(c.length / seconds, 1)}
-    found |= {"peak_GiB": gib(peak), "before_GiB": gib(held), **host.GiB(), "loss": round(loss, 5)}
+    found = {
+        "seconds": round(seconds, 3),
+        "range": [round(min(times), 3), round(max(times), 3)],
+        "tokens/s": round(c.batch * c.length / seconds, 1),
+    }
+    found |= {"peak_GiB": gib(peak), "reserved_GiB": gib(reserved()), "before_GiB": gib(held), **host.GiB(), "loss": round(loss, 5)}
+    found |= {"bptt": c.bptt} if c.segment else {}
     found |= {"made_s": round(made, 1), "warm_s": round(warmed, 1)}
     found |= {"profile": profile(lambda: step(c.length))} if c.profile else {}
     return found, {n: ops.numpy(g) for n, g in grads().items()} if wanted else None
+
+
+def reserved():
+    """The most that torch has taken of a CUDA device: what it holds for later too, graphs' own memory for one."""
+    import ops
+
+    if ops.BACKEND == "torch" and ops.on_gpu():
+        import torch
+
+        return torch.cuda.max_memory_reserved()
 
 
 def profile(step, most=40):

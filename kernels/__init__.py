@@ -18,6 +18,9 @@ from kernels import blocks, dense
 from kernels.spans import is_causal
 
 ENGINE = os.environ.get("NANOLONG_KERNEL", "auto")
+heard = (
+    None  # a list while somebody listens to what attention is asked: the rule, heads, queries and keys (first, n), begin, always, opening
+)
 # Triton, and something that it compiles for, or its interpreter
 TRITON = ops.BACKEND == "torch" and importlib.util.find_spec("triton") is not None
 TRITON = TRITON and ("cuda" in ops.devices() or os.environ.get("TRITON_INTERPRET") == "1")
@@ -71,6 +74,8 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
     Returns y [B, H, T, Dv]. A query that may see nothing gives zeros, except padding (position -1), whose rows are undefined.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if heard is not None:
+        heard.append((rule, q.shape[1], (q_at.first, q.shape[2]), (k_at.first, k.shape[2]), begin, always, opening))
     if k_at.own_last and q_at.first is not None and begin is None and bias is None and rule.name == "full":
         # no distance counts, only who comes first: the keys may as well be consecutive
         k_at = Places(k_at.at, q_at.first + q.shape[2] - k.shape[2])

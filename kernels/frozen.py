@@ -11,7 +11,6 @@ bench/finetune.py):
     A matrix that is held as codes (coded.py) becomes numbers right before its product, in a room that all layers share; what a recomputed
         forward pass left there serves the backward pass that follows.
     Logits become their own gradient in place, and their product with the head is made once more for nobody.
-    Short segments of one length are replayed (replayed.py): the host asks for each half of a block at once.
 
 Attention, positions and memory lie between the two halves of a block, as they are written, whatever they are.
 
@@ -29,22 +28,29 @@ if TRITON:
     import torch
 
     from kernels import frozen_triton as fused
-    from kernels.replayed import Replay, Replays
 
 
-def use(model, rows=None):
-    """Let the blocks and the loss of a model that is ready to train run so, where they can; it is the same model. rows: of the segments
-    that come again and again, whose kernels are asked for at once; what their backward pass wants is then held for good."""
+def use(model):
+    """Let the blocks and the loss of a model that is ready to train run so, where they can; it is the same model. Returns what makes ready
+    all that kernels read beside parameters, which is else done when it is wanted."""
     if not TRITON or ENGINE not in ("auto", "triton"):
-        return
-    rooms, shared = {}, rows and Replays(rows)
+        return lambda: None
+    rooms, stacks = {}, []
     for block in model.model.layers:
         if stock(block):
             halves = [stacked(names, rooms, block.self_attn, block.mlp) for names in PRODUCTS]
-            still = Still(block, halves, shared) if rows and model.around is None and passes(block, halves) else None
-            block.forward = functools.partial(forward, block, halves, still)
+            block.forward = functools.partial(forward, block, halves)
+            stacks += halves
     if stock_head(model):
         model.losses = functools.partial(losses, model)
+    return functools.partial(settle, stacks, rooms)
+
+
+def settle(stacks, rooms):
+    for stack in stacks:
+        stack.refresh()
+    for room in rooms.values():
+        room["whose"] = None
 
 
 PRODUCTS = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
@@ -80,12 +86,6 @@ def plain(linear):
 
 def stock_head(model):
     return all(frozen(m.weight) for m in (model.model.norm, model.readout)) and getattr(model.readout, "bias", None) is None
-
-
-def passes(block, halves):
-    """Does nobody hold on to what comes out of the block, or to a room that its matrices share with others?"""
-    memory = block.self_attn.memory
-    return packs(memory) and owner(memory, "leave") is Memory and not any(isinstance(half, CodedStack) for half in halves)
 
 
 def dropping(parts):
@@ -152,19 +152,18 @@ class Stack:
         """[W, s B], after refresh()."""
         return self.w
 
-    def __call__(self, y, residual=None, to=None):
-        """y [n, n_in + beside], of which the last columns are room -> (the products [n, n_out of all], t [n, beside]). to: memory for the
-        products."""
+    def __call__(self, y, residual=None):
+        """y [n, n_in + beside], of which the last columns are room -> (the products [n, n_out of all], t [n, beside])."""
         self.refresh()
         t = y[:, : self.n_in] @ self.a.T
         y[:, self.n_in :] = t
         w = self.matrix().T
-        return (torch.mm(y, w, out=to) if residual is None else torch.addmm(residual, y, w, out=to)), t
+        return (y @ w if residual is None else torch.addmm(residual, y, w)), t
 
-    def back(self, dout, t, to=None):
-        """[dy, dt] [n, n_in + beside], and the gradients of each B. to: memory for the first."""
+    def back(self, dout, t):
+        """[dy, dt] [n, n_in + beside], and the gradients of each B."""
         both = (dout.T @ t).float() if self.beside else None
-        d = torch.mm(dout, self.matrix(), out=to)
+        d = dout @ self.matrix()
         d[:, : self.n_in].addmm_(d[:, self.n_in :], self.a)
         if not self.beside:
             return d, []
@@ -218,24 +217,25 @@ def in_turn(a, b):
 # ---------------------------------------------------------------- the block
 
 
-def forward(block, halves, still, x, seg, s):
+def forward(block, halves, x, seg, s):
     """Block.forward."""
     (qkv, o, gu, down), attn, memory = halves, block.self_attn, block.self_attn.memory
     if not fused.can(x) or x.dtype != qkv.dtype or dropping(halves) or block.tile or attn.groups > 1:
         return Block.forward(block, x, seg, s)
-    now = still if still is not None and still.shared.serves(flat(x)) else None
     if packs(memory):
-        q, k, v = Front.apply(x, block.input_layernorm, qkv, attn.D, attn.H, now, *qkv.trained())
-        s = memory.write(Ready(attn, k, v), x, seg, s)
+        q, *kv = Front.apply(x, block.input_layernorm, qkv, attn.D, attn.H, *qkv.trained())
+        s = memory.write(Ready(attn, *kv), x, seg, s)
+        del kv
     else:
         # a memory that makes keys and values of more than this segment's tokens
         x_ = block.input_layernorm(x)
         q, s = attn.heads(attn.q_proj(x_)), memory.write(attn, x_, seg, s)
     y, s = memory.attend(attn, q, seg, s)
+    # the product that they are parts of has no place beside the MLP
+    del q
     if seg.close:
         s = memory.close(attn, seg, s)
-    rear = block.post_attention_layernorm, o, gu, down
-    x = Rear.apply(x, y, rear, now, still, *o.trained(), *gu.trained(), *down.trained())
+    x = Rear.apply(x, y, block.post_attention_layernorm, o, gu, down, *o.trained(), *gu.trained(), *down.trained())
     return memory.leave(block, x, seg, s)
 
 
@@ -266,189 +266,68 @@ def flat(x):
     return x.reshape(-1, x.shape[-1])
 
 
-def by_head(rows, shape, heads):
-    """[n, heads * D] as [B, T, heads, D]."""
-    return rows.reshape(*shape[:2], heads, -1)
-
-
-# before attention and behind it, over rows [n, ...]; to: memory for what leaves, by name
-
-
-def front(x, norm, qkv, to):
-    """x [n, C] -> (the products [n, n_out of all]; what the backward pass wants)."""
-    y, r = fused.norm(x, norm.weight, norm.eps, qkv.beside)
-    out, t = qkv(y, to=to.get("product"))
-    return out, (r, t)
-
-
-def front_back(x, kept, dout, norm, qkv, to):
-    """dout [n, n_out of all] -> (the gradient of x; those of A and B in turn)."""
-    r, t = kept
-    d, db = qkv.back(dout, t)
-    nothing = to["zeros"] if "zeros" in to else torch.zeros_like(x)
-    dx = fused.norm_back(x, norm.weight, r, d, nothing, to.get("dx"))
-    return dx, tuple(in_turn(qkv.back_a(d[:, qkv.n_in :], d[:, : qkv.n_in]), db))
-
-
-def rear(x, y, norm, o, gu, down):
-    """x [n, C] and attention's answer y [n, o.n_in + beside], with room -> (the block's output; what the backward pass wants)."""
-    mid, t_o = o(y, x)
-    rows, r = fused.norm(mid, norm.weight, norm.eps, gu.beside)
-    both, t_gu = gu(rows)
-    del rows
-    out, t_down = down(fused.gate(both, down.beside), mid)
-    return out, (mid, r, both, t_o, t_gu, t_down)
-
-
-def rear_back(kept, y, dout, norm, o, gu, down, to):
-    """y [n, o.n_in] -> (the gradient of x; that of y in the first columns of a wider one; those of A and B in turn). kept is used up."""
-    mid, r, both, t_o, t_gu, t_down = kept
-    d, db_down = down.back(dout, t_down)
-    fused.gate_back(both, d)
-    da_down = down.back_a(d[:, down.n_in :], d[:, : down.n_in])
-    d, db_gu = gu.back(both, t_gu)
-    dmid = fused.norm_back(mid, norm.weight, r, d, dout, to.get("dmid"))
-    da_gu = gu.back_a(d[:, gu.n_in :], d[:, : gu.n_in])
-    d, db_o = o.back(dmid, t_o, to.get("dy"))
-    da_o = o.back_a(d[:, o.n_in :], y)
-    return dmid, d, tuple(in_turn(da_o, db_o) + in_turn(da_gu, db_gu) + in_turn(da_down, db_down))
-
-
-class Still:
-    """The two halves of a block, replayed (replayed.py). What the backward pass wants stays until the next forward pass overwrites it."""
-
-    def __init__(self, block, halves, shared):
-        self.qkv, *self.rest = halves
-        self.norms = block.input_layernorm, block.post_attention_layernorm
-        self.shared, self.x, self.replays, self.passes = shared, None, {}, 0
-
-    def run(self, name, f):
-        """The outcome of f, which reads and writes what stays where it is."""
-        if name in self.replays:
-            return self.replays[name]()
-        self.replays[name] = made = Replay(f, self.shared)
-        return made.out
-
-    def take(self, x):
-        """The block's input [n, C], where it stays."""
-        if self.x is None:
-            self.x = self.shared.stays(x)
-        if self.x.data_ptr() != x.data_ptr():
-            self.x.copy_(x)
-
-    def answer(self, y):
-        """Attention's answer [B, H, T, D] as rows with room beside them."""
-        o = self.rest[0]
-        rows = self.shared.room("answer", self.x, o.n_in + o.beside)
-        by_head(rows[:, : o.n_in], (y.shape[0], y.shape[2]), y.shape[1]).copy_(y.transpose(1, 2))
-        return rows
-
-    def front(self, x):
-        self.take(x)
-        self.qkv.refresh()
-        to = {"product": self.shared.room("product", x, sum(self.qkv.outs))}
-        return self.run("front", lambda: front(self.x, self.norms[0], self.qkv, to))[0]
-
-    def front_back(self, put):
-        """put(rows): writes the gradient of the products."""
-        room, C = self.shared.room, self.x.shape[1]
-        to = {"zeros": room("zeros", self.x, C, 0), "dx": room("dx", self.x, C)}
-        put(dout := room("product's", self.x, sum(self.qkv.outs)))
-        kept = self.replays["front"].out[1]
-        return self.run("front_back", lambda: front_back(self.x, kept, dout, self.norms[0], self.qkv, to))
-
-    def rear(self, x, y):
-        self.passes += 1
-        self.take(x)
-        for stack in self.rest:
-            stack.refresh()
-        rows = self.answer(y)
-        out = self.run("rear", lambda: rear(self.x, rows, self.norms[1], *self.rest))[0]
-        self.shared.kept.add(out.data_ptr())
-        return out
-
-    def rear_back(self, y, dout):
-        o, room, C = self.rest[0], self.shared.room, self.x.shape[1]
-        to = {"dmid": room("dmid", self.x, C), "dy": room("dy", self.x, o.n_in + o.beside)}
-        rows, given = self.answer(y)[:, : o.n_in], room("dout", self.x, C)
-        given.copy_(dout)
-        kept = self.replays["rear"].out[1]
-        return self.run("rear_back", lambda: rear_back(kept, rows, given, self.norms[1], *self.rest, to))
-
-
 if TRITON:
 
     class Front(torch.autograd.Function):
         """x [B, T, C] -> queries [B, H, T, D], keys and values [B, K, T, D] of the normed x, not yet turned."""
 
         @staticmethod
-        def forward(ctx, x, norm, qkv, D, H, still, *trained):
-            rows = flat(x.contiguous())
-            if still is None:
-                out, kept = front(rows, norm, qkv, {})
-                ctx.save_for_backward(rows, *kept)
-            else:
-                out = still.front(rows)
-            ctx.rest, ctx.shape = (norm, qkv, still), x.shape
-            q, k, v = out.split(qkv.outs, 1)
-            if still is not None:
-                # the next layer's products stand in the same place
-                q, k = out[:, : -qkv.outs[2]].clone().split(qkv.outs[:2], 1)
-            q, k, v = (by_head(part, x.shape, part.shape[1] // D).transpose(1, 2) for part in (q, k, v))
+        def forward(ctx, x, norm, qkv, D, H, *trained):
+            B, T, _ = x.shape
+            y, r = fused.norm(flat(x.contiguous()), norm.weight, norm.eps, qkv.beside)
+            out, t = qkv(y)
+            ctx.save_for_backward(x, r, t)
+            ctx.rest = norm, qkv
+            q, k, v = (part.reshape(B, T, -1, D).transpose(1, 2) for part in out.split(qkv.outs, 1))
             # what stays of them should not keep the whole product
             return q, k, v.contiguous()
 
         @staticmethod
         def backward(ctx, *grads):
-            norm, qkv, still = ctx.rest
-
-            def put(dout):
-                for to, g in zip(dout.split(qkv.outs, 1), grads):
-                    by_head(to, ctx.shape, g.shape[1]).copy_(g.transpose(1, 2))
-                return dout
-
-            if still is None:
-                x, *kept = ctx.saved_tensors
-                dx, trained = front_back(x, kept, put(x.new_empty(len(x), sum(qkv.outs))), norm, qkv, {})
-            else:
-                dx, trained = still.front_back(put)
-            return dx.reshape(ctx.shape), None, None, None, None, None, *trained
+            (x, r, t), (norm, qkv) = ctx.saved_tensors, ctx.rest
+            rows = flat(x.contiguous())
+            dout = rows.new_empty(len(rows), sum(qkv.outs))
+            for to, g in zip(dout.split(qkv.outs, 1), grads):
+                to.reshape(*x.shape[:2], g.shape[1], -1).copy_(g.transpose(1, 2))
+            d, db = qkv.back(dout, t)
+            dx = fused.norm_back(rows, norm.weight, r, d, torch.zeros_like(rows))
+            da = qkv.back_a(d[:, qkv.n_in :], d[:, : qkv.n_in])
+            return dx.reshape(x.shape), None, None, None, None, *in_turn(da, db)
 
     class Rear(torch.autograd.Function):
-        """x [B, T, C] and what attention gave, [B, H, T, D] -> the block's output [B, T, C]. still: as it is replayed now, or None; later:
-        as it may be replayed from the next pass on."""
+        """x [B, T, C] and what attention gave, [B, H, T, D] -> the block's output [B, T, C]."""
 
         @staticmethod
-        def forward(ctx, x, y, half, still, later, *trained):
-            _, o, *_ = half
-            if still is None:
-                rows = y.new_empty(x.shape[0] * x.shape[1], o.n_in + o.beside)
-                by_head(rows[:, : o.n_in], x.shape, y.shape[1]).copy_(y.transpose(1, 2))
-                out, kept = rear(flat(x), rows, *half)
-                ctx.save_for_backward(y, *kept)
-            else:
-                out = still.rear(flat(x), y)
-                ctx.save_for_backward(y)
-                ctx.at = still.passes
-            ctx.rest, ctx.used = (half, still, later), False
+        def forward(ctx, x, y, norm, o, gu, down, *trained):
+            rows = y.new_empty(x.shape[0] * x.shape[1], o.n_in + o.beside)
+            rows[:, : o.n_in].reshape(*x.shape[:2], y.shape[1], -1).copy_(y.transpose(1, 2))
+            mid, t_o = o(rows, flat(x))
+            rows, r = fused.norm(mid, norm.weight, norm.eps, gu.beside)
+            both, t_gu = gu(rows)
+            del rows
+            out, t_down = down(fused.gate(both, down.beside), mid)
+            ctx.save_for_backward(y, mid, r, both, t_o, t_gu, t_down)
+            ctx.rest, ctx.used = (norm, o, gu, down), False
             return out.reshape(x.shape)
 
         @staticmethod
         def backward(ctx, dout):
-            half, still, later = ctx.rest
-            if ctx.used or (still is not None and still.passes != ctx.at):
-                raise RuntimeError("this backward pass uses up what it reads: call backward() once, before the next forward pass")
+            if ctx.used:
+                raise RuntimeError("this backward pass uses up what it reads: call backward() once")
             ctx.used = True
-            (y, *kept), shape, dout, o = ctx.saved_tensors, dout.shape, flat(dout.contiguous()), half[1]
-            if still is None:
-                rows = flat(y.transpose(1, 2).reshape(*shape[:2], -1)) if o.beside else None
-                dmid, d, trained = rear_back(kept, rows, dout, *half, {})
-                if later is not None and len(dout) == later.shared.rows:
-                    later.shared.warm = True
-            else:
-                dmid, d, trained = still.rear_back(y, dout)
-            dy = by_head(d[:, : o.n_in], shape, y.shape[1]).transpose(1, 2)
-            return dmid.reshape(shape), dy, None, None, None, *trained
+            (y, mid, r, both, t_o, t_gu, t_down), (norm, o, gu, down) = ctx.saved_tensors, ctx.rest
+            shape, dout = dout.shape, flat(dout.contiguous())
+            d, db_down = down.back(dout, t_down)
+            fused.gate_back(both, d)
+            da_down = down.back_a(d[:, down.n_in :], d[:, : down.n_in])
+            d, db_gu = gu.back(both, t_gu)
+            dmid = fused.norm_back(mid, norm.weight, r, d, dout)
+            da_gu = gu.back_a(d[:, gu.n_in :], d[:, : gu.n_in])
+            d, db_o = o.back(dmid, t_o)
+            da_o = o.back_a(d[:, o.n_in :], flat(y.transpose(1, 2).reshape(*shape[:2], -1))) if o.beside else []
+            dy = d[:, : o.n_in].reshape(*shape[:2], y.shape[1], -1).transpose(1, 2)
+            grads = in_turn(da_o, db_o) + in_turn(da_gu, db_gu) + in_turn(da_down, db_down)
+            return dmid.reshape(shape), dy, None, None, None, None, *grads
 
 
 # ---------------------------------------------------------------- the loss

@@ -131,10 +131,9 @@ def norm(x, gain, eps, beside=0):
     return y, r
 
 
-def norm_back(x, gain, r, dy, beside, to=None):
-    """The gradient of x [n, C]: beside + what comes through the norm from the first C columns of dy, which become the norm's output.
-    to: memory for it."""
-    (n, C), dx = x.shape, torch.empty_like(x) if to is None else to
+def norm_back(x, gain, r, dy, beside):
+    """The gradient of x [n, C]: beside + what comes through the norm from the first C columns of dy, which become the norm's output."""
+    (n, C), dx = x.shape, torch.empty_like(x)
     norm_back_kernel[(n,)](x, gain, r, dy, beside, dx, dy.stride(0), C, triton.next_power_of_2(C), num_warps=8)
     return dx
 

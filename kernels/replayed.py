@@ -1,69 +1,262 @@
-"""Kernels that are asked for again and again, asked for at once: a function over tensors that stay where they are, as one CUDA graph.
+"""Segments that are alike, asked for at once: a segment's forward pass, or its forward and backward pass, as one CUDA graph.
 
 A host needs some ten microseconds to ask for a kernel, and a short segment's kernels do not take much longer: then the device waits for
-the host. Without CUDA (Triton's interpreter) a replay runs the function again, into the same memory.
+the host. But in a long row one segment is like the next: so many tokens, so many remembered, the same kernels. All that differs are
+numbers in memory, and that everybody stands so many places farther. So a segment's work is a function of a tree (segments.py); when a
+tree looks like one before, in this row or another, the function is recorded as it runs, and from then on replayed: what it reads is copied
+to where it was, what it gives stays where it is.
+
+What the host reckons itself is as it was at the recording: it must be the same for whoever stands farther. Positions are in the tree
+(Known). Attention is asked what its kernels are told (kernels.heard), and only rules are replayed that say the same of all later segments
+(kernels.spans.moves); so are only memories that hold so many tokens as they were written (`slides`), and only position schemes that `move`.
+
+Without CUDA a replay runs the function again, with the host's numbers of the recording: what tests can see of it.
 """
 
-import torch
+import functools
+import math
+import warnings
+
+import kernels
+import ops
+from kernels.recent import Recent
+from kernels.spans import behaviours, moves
+
+if ops.BACKEND == "torch":
+    import torch
+
+POSITIONS = "next", "first", "ahead"  # keys of a state at which the host's ints are positions
 
 
 class Replays:
-    """What the replays of a model share: the rooms that all its layers work in, one after the other, and the memory of their graphs."""
+    """What is replayed of a model's training. most: tokens of the longest segments that are; settle(): makes ready what the recorded
+    kernels read beside the tree and the parameters."""
 
-    def __init__(self, rows):
-        self.rows, self.warm, self.rooms, self.kept = rows, False, {}, set()
-        self.stream = self.pool = None
+    def __init__(self, model, most, settle=lambda: None):
+        self.model, self.most, self.settle = model, most, settle
+        self.made, self.seen, self.rooms, self.homes, self.done = {}, set(), {}, set(), []
+        self.stream, self.pool = (torch.cuda.Stream(), torch.cuda.graph_pool_handle()) if ops.on_gpu() else (None, None)
+        self.read = None
 
-    def serves(self, x):
-        """Are these the rows that are replayed, and is all that they need compiled and loaded? The first pass goes kernel by kernel."""
-        if len(x) != self.rows or not self.warm:
-            return False
-        if self.pool is None and x.is_cuda:
-            # what the first pass worked in makes room for what is kept now
-            torch.cuda.empty_cache()
-            self.stream, self.pool = torch.cuda.Stream(x.device), torch.cuda.graph_pool_handle()
-        return True
+    def begin(self):
+        """Another row: parameters that are other arrays now are not what was recorded."""
+        read = [p.data_ptr() for p in self.model.parameters()]
+        if read != self.read:
+            self.made, self.read = {}, read
 
-    def room(self, name, like, width, fill=None):
-        """A tensor [rows, width] of this name, one for all layers."""
-        key = name, width, like.dtype
+    def __call__(self, name, f, given, grads, onwards):
+        """f(given, grads) -> (out, grads): the work of this name; given and out are dicts of trees, grads name -> array, used up.
+        onwards: a key of both, what is there in `out` being given to the next one. All of out is good until the next call."""
+        if not self.serves(given):
+            return self.eagerly(f, given, grads)
+        key = name, looks(given, origin(given))
+        if self.made.get(key):
+            return self.made[key](given, grads)
+        if key in self.made or key not in self.seen or len(self.made) == MOST:
+            self.seen.add(key)
+            return self.eagerly(f, given, grads)
+        there = self.placed(given)
+        kernels.heard = heard = []
+        try:
+            out, grads = self.eagerly(f, given, grads)
+        finally:
+            kernels.heard = None
+        self.made[key] = farther(heard, there["piece"]["tokens"].shape[1]) and recorded(f, there, grads, onwards, self)
+        return out, grads
+
+    def serves(self, given):
+        """May the host's numbers be those of another segment?"""
+        tokens, begin, state = given["piece"]["tokens"], given["piece"]["begin"], given["state"]
+        plain = all(type(m).__module__.startswith("memory.") and m.slides and m.size is not None for m in self.model.memories())
+        plain = plain and self.model.around is None and all(p.moves for p in self.model.model.positions)
+        plain = plain and not getattr(self.model.adapter.options, "dropout", 0)
+        known = state is None or all(isinstance(s["n"], int) and s["first"] is not None for s in state["layers"])
+        return begin is None and tokens.numel() <= self.most and plain and known
+
+    def eagerly(self, f, given, grads):
+        """f as it is. Beside the memory in which recorded kernels work there is no room for as much again: then blocks are recomputed."""
+        decoder = self.model.model
+        run = decoder.run
+        if any(self.made.values()) and run is ops.call:
+            decoder.run = ops.checkpoint
+        try:
+            out, grads = f(given, grads)
+        finally:
+            decoder.run = run
+        return self.safe(out), grads
+
+    def safe(self, tree):
+        """The tree, none of its arrays where the next call may write."""
+        return ops.tree_map(lambda x: x.clone() if x.untyped_storage().data_ptr() in self.homes else x, tree)
+
+    def placed(self, tree, *path):
+        """The tree's arrays in the place that arrays of this path and shape have, for good; numbers that change are there too."""
+        if torch.is_tensor(tree):
+            return put(self.room(path, tree.shape, tree.dtype), tree)
+        if isinstance(tree, dict):
+            return {k: self.placed(x, *path, k) for k, x in tree.items()}
+        if isinstance(tree, list | tuple):
+            return [self.placed(x, *path, i) for i, x in enumerate(tree)]
+        if path == ("state", "next"):
+            known = Known(tree)
+            known.there = self.room(path, (), torch.int32).fill_(tree)
+            return known
+        return self.room(path, (), torch.float32).fill_(tree) if path == ("of",) else tree
+
+    def room(self, path, shape, dtype):
+        """An array for good; of several of one path all stand in the largest one's memory, where that came first."""
+        key = path, tuple(shape), dtype
         if key not in self.rooms:
-            self.rooms[key] = like.new_empty(self.rows, width) if fill is None else like.new_full((self.rows, width), fill)
+            n, like = math.prod(shape), [a for (p, _, d), a in self.rooms.items() if (p, d) == (path, dtype)]
+            large = next((a for a in like if a.numel() >= n), None)
+            new = torch.empty(n, dtype=dtype, device=ops.device()) if large is None else large.reshape(-1)[:n]
+            self.rooms[key] = new.reshape(shape)
+            self.homes.add(new.data_ptr())
         return self.rooms[key]
 
-    def stays(self, x):
-        """x, if it is what a replay gives each time, else a copy that stays."""
-        return x if x.data_ptr() in self.kept else x.clone()
+    def over(self, s, later):
+        """A layer's state, its arrays in the memory of a later one's, where that is one of these places."""
+        there = lambda a, b: torch.is_tensor(a) and torch.is_tensor(b) and a.shape == b.shape and b.data_ptr() in self.homes
+        return {k: put(later[k], a) if there(a, later.get(k)) else a for k, a in s.items()}
+
+    def wait(self):
+        """The host is not far ahead: what it hands out meanwhile waits in the device's memory."""
+        self.done.append(torch.cuda.current_stream().record_event())
+        if len(self.done) > 1:
+            self.done.pop(0).synchronize()
+
+
+MOST = 64  # graphs; rows of ever other lengths are not recorded for ever
+
+
+class Known(int):
+    """A position that the host knows, and the device in `there`, where it may be another one later."""
+
+
+def recorded(f, given, grads, onwards, shared):
+    """A Replay, or None where CUDA does not record what is done."""
+    try:
+        return Replay(f, given, grads, onwards, shared)
+    except RuntimeError as no:
+        warnings.warn(f"segments are not replayed, which is slower: {str(no).splitlines()[0]}", stacklevel=2)
+        for p in shared.model.parameters():
+            p.grad = None
+        return None
 
 
 class Replay:
-    """f() -> a tuple of tensors and of tuples of them, run once now, and again at each call, with the results in the same places."""
+    """f, as it is done to `given` and adds to grads."""
 
-    def __init__(self, f, shared):
-        self.f, self.graph = f, None
+    def __init__(self, f, given, grads, onwards, shared):
+        self.f, self.given, self.grads, self.shared = f, given, dict(grads or {}), shared
+        self.onwards, self.origin, self.graph = onwards, origin(given), None
         if shared.pool is None:
-            self.out = f()
             return
-        self.graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        shared.stream.wait_stream(current)
-        with torch.cuda.stream(shared.stream):
-            # other threads may ask for memory of the host meanwhile
-            self.graph.capture_begin(pool=shared.pool, capture_error_mode="thread_local")
-            try:
-                self.out = f()
-            finally:
-                self.graph.capture_end()
-        current.wait_stream(shared.stream)
-        self.graph.replay()
+        # with all kernels that these numbers' places want
+        shared.eagerly(f, fresh(given), {})
+        shared.settle()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self.graph, Recent.noted = torch.cuda.CUDAGraph(), []
+        try:
+            with torch.cuda.stream(shared.stream):
+                # other threads may ask for memory of the host meanwhile
+                self.graph.capture_begin(pool=shared.pool, capture_error_mode="thread_local")
+                try:
+                    self.out = self.run()
+                finally:
+                    self.graph.capture_end()
+        finally:
+            # lists that the kernels read
+            self.held, Recent.noted = Recent.noted, None
+        shared.homes |= {x.untyped_storage().data_ptr() for x in leaves(self.out)}
+        shared.settle()
 
-    def __call__(self):
+    def run(self):
+        """f once; what goes onwards is written over what it was made of."""
+        out, grads = self.f(fresh(self.given), dict(self.grads))
+        if any(grads[n] is not g for n, g in self.grads.items()):
+            raise RuntimeError("a gradient was not added to in place")
+        out = {k: ops.tree_map(functools.partial(self.own, whole=k == self.onwards), x) for k, x in out.items()}
+        return {k: self.shared.placed(x, k) if k == self.onwards else x for k, x in out.items()}
+
+    def own(self, x, whole):
+        """x in memory that is not that of `given`, unless it is one of its arrays as a whole and may be."""
+        near = [a for a in leaves(self.given) if a.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()]
+        return x.clone() if near and not (whole and any(one(a, x) for a in near)) else x
+
+    def __call__(self, given, grads):
+        shared = self.shared
+        shared.placed(given)
+        for n, there in self.grads.items():
+            put(there, grads[n]) if n in grads else there.zero_()
         if self.graph is None:
-            for there, new in zip(leaves(self.out), leaves(self.f())):
-                there.copy_(new)
+            self.out = self.run()
         else:
+            shared.settle()
             self.graph.replay()
-        return self.out
+            shared.settle()
+            shared.wait()
+        return moved(self.out, origin(given) - self.origin), dict(self.grads)
+
+
+def origin(given):
+    """Where the segment begins."""
+    return int(given["state"]["next"]) if given["state"] else 0
 
 
 def leaves(tree):
-    return [tree] if torch.is_tensor(tree) else [x for part in tree for x in leaves(part)]
+    found = []
+    ops.tree_map(found.append, tree)
+    return found
+
+
+def put(to, x):
+    """The tree x, its arrays where those of `to` are."""
+    if torch.is_tensor(x):
+        return to if one(to, x) else to.copy_(x)
+    if isinstance(x, dict):
+        return {k: put(to.get(k), a) for k, a in x.items()}
+    return [put(there, a) for there, a in zip(to, x, strict=True)] if isinstance(x, list | tuple) else x
+
+
+def one(a, b):
+    """Are two arrays the same numbers in memory?"""
+    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
+
+
+def fresh(tree):
+    """The same arrays in dicts and lists of its own."""
+    return ops.tree_map(lambda x: x, tree)
+
+
+def looks(tree, origin, name=None):
+    """What two trees have in common that are the same but for numbers in arrays, and for where everybody stands."""
+    if torch.is_tensor(tree):
+        return tuple(tree.shape), tree.dtype
+    if isinstance(tree, dict):
+        return tuple((k, looks(x, origin, k)) for k, x in tree.items() if k != "of")
+    if isinstance(tree, list | tuple):
+        return tuple(looks(x, origin) for x in tree)
+    return tree - origin if name in POSITIONS and isinstance(tree, int) else tree
+
+
+def moved(tree, by, name=None):
+    """The tree, the host's positions in it moved."""
+    if isinstance(tree, dict):
+        return {k: moved(x, by, k) for k, x in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [moved(x, by) for x in tree]
+    return int(tree) + by if name in POSITIONS and isinstance(tree, int) else tree
+
+
+def farther(heard, by):
+    """Does attention as it was asked see the same if all stand some multiple of `by` farther?"""
+
+    def same(rule, heads, q, k, begin, always, opening):
+        if begin is not None or None in (q[0], k[0]):
+            return False
+        first = k[0] + always
+        return first >= opening and all(moves(rule, h, q, (first, k[0] + k[1] - first), by) for h in set(behaviours(rule, heads)))
+
+    return all(same(*asked) for asked in set(heard))

@@ -2,7 +2,7 @@
 
 With positions that are spans [lo, hi], the operators of a rule, `allowed(q, k, h, o)`, lead to an answer of three values: it must
 be seen, it may be, or neither. kernels/layout.py finds blocks by it; here it answers which keys any later query may see, whether a
-rule is plain causal attention over some length, and which heads behave alike.
+rule is plain causal attention over some length, which heads behave alike, and whether a rule says the same of those who stand farther.
 """
 
 import functools
@@ -163,3 +163,96 @@ def traits(rule, h):
         return tuple(Span.heard)
     finally:
         Span.heard = None
+
+
+def moves(rule, head, q, k, by):
+    """Does the rule say the same of queries and keys, each (first, n), if all of them stand any multiple of `by` farther? It never says
+    yes wrongly."""
+    span = lambda side: Moving(side[0], side[0] + side[1] - 1, by)
+    try:
+        return Same.of(rule.module.allowed(span(q), span(k), Moving(head, head, 0), rule.options)).known
+    except TypeError:
+        # an operator that only numbers have which do not move
+        return False
+
+
+class Moving:
+    """Integers between lo and hi, and then, once, twice, ... moved, so many times `step` more. Operators only, as Span."""
+
+    def __init__(self, lo, hi, step):
+        self.lo, self.hi, self.step = lo, hi, step
+
+    @staticmethod
+    def of(x):
+        return x if isinstance(x, Moving) else Moving(x, x, 0)
+
+    def __add__(a, b):
+        b = Moving.of(b)
+        return Moving(a.lo + b.lo, a.hi + b.hi, a.step + b.step)
+
+    def __neg__(a):
+        return Moving(-a.hi, -a.lo, -a.step)
+
+    def __sub__(a, b):
+        return a + -Moving.of(b)
+
+    def __rsub__(a, b):
+        return Moving.of(b) - a
+
+    def __mul__(a, b):
+        b = Moving.of(b)
+        a, b = (b, a) if a.step else (a, b)
+        if a.step or (b.step and a.lo != a.hi):
+            raise TypeError("a product of two that move, or of one with many numbers")
+        ends = [x * y for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
+        return Moving(min(ends), max(ends), a.lo * b.step)
+
+    def __floordiv__(a, b):
+        b = Moving.of(b)
+        if b.step or b.lo != b.hi or a.step % b.lo:
+            raise TypeError("a quotient that moves now and then")
+        return Moving(a.lo // b.lo, a.hi // b.lo, a.step // b.lo)
+
+    def __mod__(a, b):
+        b = Moving.of(b)
+        if b.step or b.lo != b.hi or a.step % b.lo:
+            raise TypeError("a remainder that moves")
+        return Moving(0, b.lo - 1, 0)
+
+    def __lt__(a, b):
+        d = a - b
+        return Same(d.step == 0 or (d.lo >= 0 < d.step) or (d.hi < 0 > d.step))
+
+    def __le__(a, b):
+        return a < Moving.of(b) + 1
+
+    def __gt__(a, b):
+        return Moving.of(b) < a
+
+    def __ge__(a, b):
+        return Moving.of(b) <= a
+
+    def __eq__(a, b):
+        d = a - b
+        return Same(d.step == 0 or (d.lo > 0 < d.step) or (d.hi < 0 > d.step))
+
+    __ne__ = __eq__
+    __radd__, __rmul__, __hash__ = __add__, __mul__, None
+
+
+class Same(NamedTuple):
+    """Is an answer known to be the same however far all moved?"""
+
+    known: bool
+
+    @staticmethod
+    def of(x):
+        return x if isinstance(x, Same) else Same(True)
+
+    def __and__(a, b):
+        return Same(a.known and Same.of(b).known)
+
+    def __invert__(a):
+        return a
+
+    __or__ = __rand__ = __ror__ = __and__

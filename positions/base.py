@@ -22,6 +22,7 @@ class Position(Module):
 
     temperature = 1.0  # multiplies the logits, never the rotation: stored keys must stay free to turn again
     by_head = False  # do queries() have weights of each head?
+    moves = True  # is all that turn() gives made of positions as data, and nothing of what the host knows of them?
     late = True  # keys are remembered as they are, and made ready each time they are seen; False: once, when they are remembered
 
     def __init__(self, c, o):

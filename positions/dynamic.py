@@ -29,7 +29,7 @@ def check(o):
 
 
 class Position(Rope):
-    late = True
+    late, moves = True, False
 
     def __init__(self, c, o):
         super().__init__(c, o)

@@ -161,9 +161,8 @@ def accuracy(model, batch, segment):
     state, right = None, 0
     with ops.no_grad():
         for piece in segments.cut(batch, segment):
-            kept, (tokens, begin) = state, segments.inputs(piece)
-            logits, state, *_ = segments.read(model, tokens, state, begin=begin)
-            asked = piece.targets >= 0
+            kept, given, asked = state, segments.inputs(piece), piece.targets >= 0
+            logits, state, *_ = segments.read(model, given.tokens, state, begin=given.begin)
             if asked.any():
                 right += int((ops.numpy(ops.argmax(logits, -1)) == piece.targets)[asked].sum())
     model.model.patterns(training=True)

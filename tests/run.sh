@@ -16,6 +16,7 @@ if python -c "import triton" 2>/dev/null; then
     echo "== triton, interpreted"
     TRITON_INTERPRET=1 NANOLONG_BACKEND=torch python -m pytest tests/test_triton.py tests/test_rotate.py tests/test_engines.py -k "triton and not bfloat16" "$@" || status=1
     TRITON_INTERPRET=1 NANOLONG_BACKEND=torch python -m pytest tests/test_step.py tests/test_frozen.py tests/test_gpu_memory.py "$@" || status=1
+    TRITON_INTERPRET=1 NANOLONG_BACKEND=torch python -m pytest tests/test_replayed.py -k frozen "$@" || status=1
 fi
 wait $mlx || status=1
 echo "== mlx"

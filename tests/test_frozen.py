@@ -58,41 +58,6 @@ def test_it_is_the_same_model(way, adapter):
     same(step(fused, segment), step(plain, segment))
 
 
-@pytest.mark.parametrize("way", ["longformer", "alibi"])
-def test_short_segments_are_replayed(way):
-    """The same loss and gradients, segment after segment and step after step, in the same memory."""
-    segment = WAYS[way]["segment"]
-    plain, fused = ready("lora:rank=4", **WAYS[way]), ready("lora:rank=4", **WAYS[way])
-    frozen.use(fused, rows=2 * segment)
-    stills = [block.forward.args[2] for block in fused.model.layers]
-    for close in (5e-5, 3e-4):
-        got, want = step(fused, segment), step(plain, segment)
-        same(got, want, close)
-        names = {"front", "rear", "front_back", "rear_back"}
-        assert stills[0].shared.warm and all(still.replays.keys() == names for still in stills)
-        for model, (_, grads) in ((plain, want), (fused, got)):
-            ops.AdamW(model, (0.9, 0.95), 1e-8, 0.0).step(grads, 0.02)
-
-
-@pytest.mark.parametrize("way", ["xl", "tokens"])
-def test_what_keeps_a_layers_inputs_is_not_replayed(way):
-    model = ready("lora:rank=4", **WAYS[way])
-    frozen.use(model, rows=2 * WAYS[way]["segment"])
-    assert all(block.forward.args[2] is None for block in model.model.layers)
-
-
-def test_what_is_replayed_is_read_once():
-    model = ready("lora", **WAYS["longformer"])
-    frozen.use(model, rows=2 * 10)
-    step(model, 10)
-    tokens, targets = (ops.array(text(10, 2, seed=s)) for s in (0, 1))
-    first, second = (model(tokens, targets=targets).sum() for _ in range(2))
-    # torch itself sees it where the replay is no graph
-    with pytest.raises(RuntimeError, match=r"before the next forward pass|modified by an inplace operation"):
-        first.backward()
-    second.backward()
-
-
 def test_documents_checkpoints_and_chunks():
     begin = np.zeros((2, T), "int32")
     begin[1, 17:] = 17

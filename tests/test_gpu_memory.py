@@ -1,6 +1,7 @@
 """plan.py against the arrays of a step as a GPU makes them, at full size and without a GPU: on torch's meta device, where an array has a
 size and no numbers, and kernels do nothing. What the libraries' own kernels work in is as bench/plan.py found it on an H100."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,7 +34,7 @@ WAYS = {
     "full, tiles": {"checkpoint": 2, "mlp_tile": 1024, "length": 32768},
     "full, groups": {"checkpoint": 2, "mlp_tile": 1024, "head_groups": 4, "length": 32768},
     "full, two parts": {"checkpoint": 1, "batch": 2},
-    "full, segments": {**LONG, "segment": 4096, "length": 16384},
+    "full, segments": {**LONG, "segment": 8192, "length": 32768},
     "lora": LORA,
     "lora, checkpoint": {**LORA, "checkpoint": 1},
     "lora, tiles": {**LORA, "checkpoint": 1, "mlp_tile": 1024},
@@ -41,8 +42,9 @@ WAYS = {
     "lora, groups": {**LORA, "checkpoint": 1, "mlp_tile": 1024, "head_groups": 4},
     "lora, large chunk": {**LORA, "checkpoint": 1, "loss_chunk": 8192},
     "lora, some": {"adapter": "lora:targets=q_proj+v_proj"},
-    "lora, segments": {**LORA, **LONG, "segment": 4096, "length": 16384},
-    "lora, segments, checkpoint": {**LORA, **LONG, "segment": 8192, "length": 16384, "checkpoint": 1},
+    "lora, segments": {**LORA, **LONG, "segment": 8192, "length": 32768},
+    "lora, segments, checkpoint": {**LORA, **LONG, "segment": 8192, "length": 32768, "checkpoint": 1},
+    "lora, one boundary": {**LORA, **LONG, "segment": 8192, "length": 32768, "bptt": 1},
     "lora, 4 bits": {**LORA, "base_bits": 4, "checkpoint": 1},
     "dora": {"adapter": "lora:rank=16,dora=true"},
     "dora, checkpoint": {"adapter": "lora:rank=16,dora=true", "checkpoint": 1},
@@ -102,28 +104,24 @@ def sizes_alone(monkeypatch):
         return Fused.apply(q, k, v, rule.name == "full" and q.shape[2] == k.shape[2])
 
     monkeypatch.setattr(memory.base, "attend", attend)
+    # where the loss is no number there is no step behind the gradients
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: math.nan)
     monkeypatch.setattr(ops, "array", lambda x, dtype=None: torch.empty(x.shape, dtype=dtype or torch.int32, device="meta"))
 
 
 def peak(model, a):
-    """Bytes at the peak of the gradients of a step."""
+    """Bytes at the peak of a step, up to its gradients."""
     arrays = list(ops.parameters(model).values())
     # matrices that lie beside each other (kernels/frozen.py), and what those that are codes become numbers in
     halves = [half for block in model.model.layers if "forward" in vars(block) for half in block.forward.args[1]]
     arrays += [x for half in halves for x in (half.a, half.room["w"] if hasattr(half, "room") else half.w)]
     arrays += [x for codes in coded.held(model).values() for x in (codes.code, codes.scale, codes.low)]
-    tokens, grads = np.zeros((a.micro, a.length), "int32"), {}
-    batch = train.data.Batch(tokens, tokens, tokens, [[]] * a.micro)
+    tokens = np.zeros((a.batch, a.length), "int32")
+    batch = train.data.Batch(tokens, tokens, tokens, [[]] * a.batch)
     with counting()() as count:
         for x in arrays:
             count.see(x)
-        for _ in range(a.batch // a.micro):
-            if a.segment:
-                pieces = train.segments.cut(batch, a.segment)
-                mean = lambda call, piece: train.nats(call, piece) / 100
-                _, grads = train.segments.accumulate(model, pieces, mean, grads, a.bptt, a.offload)
-            else:
-                _, grads = ops.accumulate(model, lambda: train.loss_and_seen(model, batch, 100), grads)
+        train.train_step(model, None, batch, a.micro, 1.0, 1e-3, a.segment, a.bptt, a.offload)
     return count.peak + 8 * sum(p.numel() for p in arrays if p.requires_grad) + plan.KERNELS
 
 

@@ -62,9 +62,9 @@ def by_hand(model, b, n, cuts):
     def loss():
         state, total = model.start(), 0
         for i, piece in enumerate(segments.cut(b, n)):
-            tokens, begin = segments.inputs(piece)
-            logits, state = model(tokens, ops.tree_map(ops.stop, state) if cuts(i) else state, begin=begin)
-            total = total + ops.cross_entropy(logits, ops.array(piece.targets)).sum()
+            given = segments.inputs(piece)
+            logits, state = model(given.tokens, ops.tree_map(ops.stop, state) if cuts(i) else state, begin=given.begin)
+            total = total + ops.cross_entropy(logits, given.targets).sum()
         return total
 
     loss, grads = ops.value_and_grad(model, loss)
@@ -252,8 +252,8 @@ def test_a_state_of_documents_waits_whole():
     states, state = [], None
     with ops.no_grad():
         for piece in segments.cut(b, 7):
-            tokens, begin = segments.inputs(piece)
-            _, state, *_ = segments.read(model, tokens, state, begin=begin)
+            given = segments.inputs(piece)
+            _, state, *_ = segments.read(model, given.tokens, state, begin=given.begin)
             states.append(state)
     # its slots have changed since
     assert model.gone(states[1], states[2])["layers"][0].keys() == states[1]["layers"][0].keys()
