@@ -148,6 +148,8 @@ def plan(m, a, how):
     # what is replayed (kernels/replayed.py) has its place, and gradients of a state are there twice while they are handed on
     replayed = how.gpu and not how.mlx and short(a, m.size(".layers.0."))
     least = (x if a.checkpoint else blocks[0]) + state * bool(replayed and waiting)
+    # and its stream has libraries' memory of its own
+    resting["kernels"] += KERNELS * replayed
     moments = {
         "loss": {**resting, "gradients": 4 * (mine * more + trained * (n < T)), "activations": activations - waits, "loss": loss},
         "last block": {**resting, "gradients": first, "activations": activations, "block": block},
