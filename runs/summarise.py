@@ -6,14 +6,17 @@
 Protocol. train.py --adapter summary trains the vectors and their LoRA on rows of some chunks, once for each of --positions. Held-out rows
 of more chunks are then read three ways: by the trained model with the summaries of all chunks before; by the same model, each chunk by
 itself; and by the base with full attention, as far as the context that it was made for goes. The same tokens are predicted each time, and
-their mean loss in nats is given for each chunk of the row. What is read is written at once, after each of --positions.
+their mean loss in nats is given for each chunk of the row. What is read is written at once, after each of --positions;
+--limit ends trainings in processes of their own (--jobs) after so many seconds, and they are read as they are then.
 
 Claimed: the loss of a chunk falls with the summaries before it (Chevalier et al. 2023, arXiv:2305.14788).
 """
 
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +42,7 @@ SIZES = {"chunk": 256, "chunks": 4, "beyond": 16, "k": 32, "rank": 16, "batch": 
 QUICK = {"chunk": 64, "chunks": 3, "beyond": 5, "k": 8, "batch": 2, "steps": 6, "rows": 2}
 COLORS = {"none": "#d1495b", "near": "#4c78a8", "absolute": "#59a14f"}
 AT_ONCE = 32  # held-out rows
+STOPPED = 130  # the exit code of a training that was asked to stop, and saved
 EACH = 10  # steps between two lines about a training in a process of its own
 
 
@@ -68,8 +72,9 @@ def held_out(args, tokenizer, n):
     return [np.asarray(rows[i]) for i in np.linspace(0, len(rows) - 1, min(args.rows, len(rows))).astype(int)]
 
 
-def learn(positions, folder, args):
-    """Train, in a process of its own if there are --jobs, and return (the checkpoint's folder, seconds)."""
+def learn(positions, folder, args, until):
+    """Train, in a process of its own if there are --jobs, and return (the checkpoint's folder, seconds). until: when such a process is
+    asked to stop where it is."""
     out, start = args.models.absolute() / positions, time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
     memory = f"summary:k={args.k},chunk={args.chunk},chunks={args.beyond},positions={positions}"
@@ -89,22 +94,27 @@ def learn(positions, folder, args):
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(log, "w") as said:
             command = [sys.executable, str(common.ROOT / "train.py"), *flags]
-            status = watched(subprocess.Popen(command, stdout=said, stderr=said, env=env), positions, out, args.steps)
+            status = watched(subprocess.Popen(command, stdout=said, stderr=said, env=env), positions, out, args.steps, until)
         why = ":\n" + log.read_text()[-1500:]
-    if status:
+    if status and not (status == STOPPED and args.jobs):
         raise Refused(f"positions={positions}: training ended with {status}{why}")
     seconds = round(time.perf_counter() - start, 1)
     cli.say(f"positions={positions}: trained in {seconds} s")
     return rundir.checkpoints(out)[-1], seconds
 
 
-def watched(process, positions, out, steps):
+def watched(process, positions, out, steps, until):
     """The exit code of a training when it has ended; now and then a line about where it is."""
-    said, status = 0, None
+    said, status, asked = 0, None, False
     while status is None:
         time.sleep(0.5)
         status, done = process.poll(), so_far(out)
         new = done[said:]
+        if done and status is None and not asked and time.perf_counter() > until:
+            # it saves what it has
+            asked = True
+            process.send_signal(signal.SIGINT)
+            cli.say(f"positions={positions}: stopped by --limit")
         # the first one tells that all is compiled and there is room
         if len(new) >= EACH or (new and (status is not None or not said)):
             said, each = len(done), sum(line["seconds"] for line in new) / len(new)
@@ -121,13 +131,13 @@ def so_far(out):
 
 def each(asked, folder, args, missing):
     """(positions, checkpoint, seconds) of each as it is trained; why there is none goes to `missing`."""
-    start = time.perf_counter()
+    until = time.perf_counter() + (args.limit or math.inf)
 
     def one(positions):
         try:
-            if args.limit and time.perf_counter() - start > args.limit:
+            if time.perf_counter() > until:
                 raise Refused(f"positions={positions}: not begun within --limit {args.limit} seconds")
-            return positions, *learn(positions, folder, args)
+            return positions, *learn(positions, folder, args, until)
         except Refused as no:
             # the others are worth having without it
             cli.say(no)
@@ -172,7 +182,7 @@ def main(argv=None):
     p.add_argument("--positions", nargs="+", choices=list(COLORS), default=None, help="default: all; with --quick none alone")
     p.add_argument("--models", type=Path, default=Path("out") / "summarise", metavar="FOLDER", help="what is left of the runs")
     p.add_argument("--jobs", type=cli.whole, default=0, metavar="N", help="so many are trained at a time (default 0: all in this process)")
-    p.add_argument("--limit", type=cli.whole, metavar="SECONDS", help="begin no training after so many, and say what is missing")
+    p.add_argument("--limit", type=cli.whole, metavar="SECONDS", help="begin none after so many, and end those of --jobs there")
     p.add_argument("--quick", action="store_true", help="few rows, few steps")
     for k, default in SIZES.items():
         p.add_argument(f"--{k}", type=float if k == "lr" else cli.whole, help=f"default {default:g}")
@@ -211,7 +221,7 @@ def main(argv=None):
     train.corpora(SimpleNamespace(data=args.data, valid=args.valid, upsample=1), tokenizer)
     for positions, checkpoint, seconds in each(asked, folder, args, missing):
         model, _ = load(checkpoint, dtype=args.dtype, device=args.device)
-        more = {"positions": positions, "seconds": seconds}
+        more = {"positions": positions, "steps": int(checkpoint.name.removeprefix("step-")), "seconds": seconds}
         keep(*(read(f"{way}, positions={positions}", model, rows, way == "summaries", **more) for way in ("summaries", "alone")))
     print(table(result))
     if missing:

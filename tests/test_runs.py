@@ -404,6 +404,11 @@ def test_summarise_trains_reads_and_draws(tmp_path, monkeypatch, capsys, jobs):
     assert rows[0]["loss"][0] == pytest.approx(base["loss"][0], rel=1e-5) and rows[0]["loss"][1:] != rows[1]["loss"][1:]
     summarise.main(["--table", str(tmp_path / "summarise-quick.json"), "--plot", str(tmp_path / "s.png")])
     assert printed.endswith(capsys.readouterr().out) and (tmp_path / "s.png").is_file() and "| summaries, positions=none |" in printed
+    if jobs:
+        # what a --limit cuts off is read as far as it came
+        summarise.main([*flags, "--jobs", "1", "--steps", "100000", "--limit", "1", "--name", "limited", "--positions", "near"])
+        _, *rows = json.loads((tmp_path / "limited.json").read_text())["rows"]
+        assert [row["positions"] for row in rows] == ["near"] * 2 and 0 < rows[0]["steps"] < 100000
     with pytest.raises(Refused, match="ended with"):
         summarise.main([*flags, "--jobs", "1", "--lr", "-1"])
     # what was there before it failed is not lost
