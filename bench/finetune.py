@@ -6,10 +6,10 @@
     NANOLONG_BACKEND=mlx python bench/finetune.py --shape 1b --case attn=longformer:window=1024,n_global=64,length=100k,segment=1k
 
 A case is made of fields: name, attn, pos, memory, adapter, dtype, length, batch, segment, base_bits, bptt, loss_chunk, mlp_tile,
-head_groups, repeat, warm with a value; checkpoint, offload alone. Not given, the memory is the one that keeps what the pattern sees.
-Weights are random, the same in all cases, and wide enough that attention matters; tokens are random. After a short row that compiles
-kernels (warm: one of so many tokens) one step is timed, optimizer included, of rows up to 32K the median of three. The learning rate is
-0, so that every step sees the same weights.
+head_groups, repeat, warm with a value; checkpoint (of so many blocks at once, or 1) and offload alone. Not given, the memory is the one
+that keeps what the pattern sees. Weights are random, the same in all cases, and wide enough that attention matters; tokens are random.
+After a short row that compiles kernels (warm: one of so many tokens) one step is timed, optimizer included, of rows up to 32K the median
+of three. The learning rate is 0, so that every step sees the same weights.
 
     peer      transformers' model with peft's LoRA, checkpointing and the framework's fused attention, cuDNN's where it is there
     plain     blocks as model.py has them, without kernels/frozen.py
@@ -65,7 +65,7 @@ def case(text):
     """argparse type: fields after each other; what is none belongs to the one before, since mechanisms' options have commas too."""
     fields = []
     for part in text.split(","):
-        if part in FLAGS or part.partition("=")[0] in (*WORDS, *NUMBERS, "bptt"):
+        if part in FLAGS or part.partition("=")[0] in (*WORDS, *NUMBERS, "bptt", "checkpoint"):
             fields.append(part)
         elif fields:
             fields[-1] += "," + part
@@ -74,8 +74,8 @@ def case(text):
     found = {"case": text}
     for field in fields:
         key, _, value = field.partition("=")
-        number = key in NUMBERS or (key == "bptt" and value != "all")
-        found[key] = key in FLAGS or (cli.whole(value) if number else value)
+        number = key in (*NUMBERS, "checkpoint") or (key == "bptt" and value != "all")
+        found[key] = (cli.whole(value) if number else value) if value else True
     c = SimpleNamespace(**DEFAULT | found)
     c.memory = c.memory or (memory_of(c.attn) if c.segment else "full")
     return c
@@ -285,7 +285,7 @@ def measure(c, args, wanted):
     step, grads = (peer if c.peer else ours)(c, args.sizes, args.dtype)
     made = time.perf_counter() - start
     start, times = time.perf_counter(), []
-    for _ in range(2 if c.segment else 1):
+    for _ in range(2 if c.segment and c.segment <= 4096 else 1):
         # what was seen once may be recorded (kernels/replayed.py)
         step(warm(c))
     warmed, held = time.perf_counter() - start, ops.reset_peak()

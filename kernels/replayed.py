@@ -8,7 +8,7 @@ to where it was, what it gives stays where it is.
 
 What the host reckons itself is as it was at the recording: it must be the same for whoever stands farther. Positions are in the tree
 (Known). Attention is asked what its kernels are told (kernels.heard), and only rules are replayed that say the same of all later segments
-(kernels.spans.moves); so are only memories that hold so many tokens as they were written (`slides`), and only position schemes that `move`.
+(kernels.spans.moves); so do only memories and position schemes serve that say they `move`.
 
 Without CUDA a replay runs the function again, with the host's numbers of the recording: what tests can see of it.
 """
@@ -24,6 +24,8 @@ from kernels.spans import behaviours, moves
 
 if ops.BACKEND == "torch":
     import torch
+
+    from backends import torch_
 
 POSITIONS = "next", "first", "ahead"  # keys of a state at which the host's ints are positions
 
@@ -49,28 +51,29 @@ class Replays:
         onwards: a key of both, what is there in `out` being given to the next one. All of out is good until the next call."""
         if not self.serves(given):
             return self.eagerly(f, given, grads)
-        key = name, looks(given, origin(given))
+        key = name, looks(given, standing(given))
         if self.made.get(key):
             return self.made[key](given, grads)
         if key in self.made or key not in self.seen or len(self.made) == MOST:
             self.seen.add(key)
             return self.eagerly(f, given, grads)
         there = self.placed(given)
-        kernels.heard = heard = []
+        kernels.heard, torch_.read = asked, read = [], []
         try:
             out, grads = self.eagerly(f, given, grads)
         finally:
-            kernels.heard = None
-        self.made[key] = farther(heard, there["piece"]["tokens"].shape[1]) and recorded(f, there, grads, onwards, self)
+            kernels.heard = torch_.read = None
+        around = self.model.around
+        by = there["piece"]["tokens"].shape[1] + (0 if around is None else around.size * (1 + around.read))
+        self.made[key] = not read and farther(asked, by) and recorded(f, there, grads, onwards, self)
         return out, grads
 
     def serves(self, given):
         """May the host's numbers be those of another segment?"""
         tokens, begin, state = given["piece"]["tokens"], given["piece"]["begin"], given["state"]
-        plain = all(type(m).__module__.startswith("memory.") and m.slides and m.size is not None for m in self.model.memories())
-        plain = plain and self.model.around is None and all(p.moves for p in self.model.model.positions)
-        plain = plain and not getattr(self.model.adapter.options, "dropout", 0)
-        known = state is None or all(isinstance(s["n"], int) and s["first"] is not None for s in state["layers"])
+        plain = all(type(m).__module__.startswith("memory.") and m.moves for m in self.model.memories())
+        plain = plain and all(p.moves for p in self.model.model.positions) and not getattr(self.model.adapter.options, "dropout", 0)
+        known = state is None or all(isinstance(s["n"], int) for s in state["layers"])
         return begin is None and tokens.numel() <= self.most and plain and known
 
     def eagerly(self, f, given, grads):
@@ -132,6 +135,11 @@ MOST = 64  # graphs; rows of ever other lengths are not recorded for ever
 class Known(int):
     """A position that the host knows, and the device in `there`, where it may be another one later."""
 
+    def __add__(self, n):
+        known = Known(int(self) + n)
+        known.there = self.there + n
+        return known
+
 
 def recorded(f, given, grads, onwards, shared):
     """A Replay, or None where CUDA does not record what is done."""
@@ -149,7 +157,7 @@ class Replay:
 
     def __init__(self, f, given, grads, onwards, shared):
         self.f, self.given, self.grads, self.shared = f, given, dict(grads or {}), shared
-        self.onwards, self.origin, self.graph = onwards, origin(given), None
+        self.onwards, self.standing, self.graph = onwards, standing(given), None
         if shared.pool is None:
             return
         # with all kernels that these numbers' places want
@@ -197,12 +205,14 @@ class Replay:
             self.graph.replay()
             shared.settle()
             shared.wait()
-        return moved(self.out, origin(given) - self.origin), dict(self.grads)
+        now = standing(given)
+        return moved(self.out, {name: n - self.standing[name] for name, n in now.items()}), dict(self.grads)
 
 
-def origin(given):
-    """Where the segment begins."""
-    return int(given["state"]["next"]) if given["state"] else 0
+def standing(given):
+    """Where the segment begins, by the names of what is told from there on, and how many positions the model's own vectors have taken."""
+    state = given["state"] or {"next": 0}
+    return {**dict.fromkeys(POSITIONS, int(state["next"])), "more": state.get("around", {}).get("more", 0)}
 
 
 def leaves(tree):
@@ -230,33 +240,35 @@ def fresh(tree):
     return ops.tree_map(lambda x: x, tree)
 
 
-def looks(tree, origin, name=None):
+def looks(tree, standing, name=None):
     """What two trees have in common that are the same but for numbers in arrays, and for where everybody stands."""
     if torch.is_tensor(tree):
         return tuple(tree.shape), tree.dtype
     if isinstance(tree, dict):
-        return tuple((k, looks(x, origin, k)) for k, x in tree.items() if k != "of")
+        return tuple((k, looks(x, standing, k)) for k, x in tree.items() if k != "of")
     if isinstance(tree, list | tuple):
-        return tuple(looks(x, origin) for x in tree)
-    return tree - origin if name in POSITIONS and isinstance(tree, int) else tree
+        return tuple(looks(x, standing) for x in tree)
+    return tree - standing[name] if name in standing and isinstance(tree, int) else tree
 
 
 def moved(tree, by, name=None):
-    """The tree, the host's positions in it moved."""
+    """The tree, the host's numbers in it moved, each by what `by` says of its name."""
     if isinstance(tree, dict):
         return {k: moved(x, by, k) for k, x in tree.items()}
     if isinstance(tree, list | tuple):
         return [moved(x, by) for x in tree]
-    return int(tree) + by if name in POSITIONS and isinstance(tree, int) else tree
+    return int(tree) + by[name] if name in by and isinstance(tree, int) else tree
 
 
-def farther(heard, by):
+def farther(asked, by):
     """Does attention as it was asked see the same if all stand some multiple of `by` farther?"""
 
     def same(rule, heads, q, k, begin, always, opening):
-        if begin is not None or None in (q[0], k[0]):
-            return False
+        if q[0] is None or k[0] is None:
+            # positions are data
+            return True
         first = k[0] + always
-        return first >= opening and all(moves(rule, h, q, (first, k[0] + k[1] - first), by) for h in set(behaviours(rule, heads)))
+        each = set(behaviours(rule, heads))
+        return begin is None and first >= opening and all(moves(rule, h, q, (first, k[0] + k[1] - first), by) for h in each)
 
-    return all(same(*asked) for asked in set(heard))
+    return all(same(*what) for what in asked)

@@ -83,7 +83,8 @@ class Around(Module):
         """Positions [B, 1, size] of vectors that follow n tokens, an int, an array or [B]; and 1, or where rows differ 1 for those with
         tokens since the last close: the others have no vectors."""
         B = s["newest"].shape[0]
-        start = n if isinstance(n, int) else ops.cast(n, ops.int32).reshape(-1, 1, 1)
+        start = getattr(n, "there", n)
+        start = start if isinstance(start, int) else ops.cast(start, ops.int32).reshape(-1, 1, 1)
         pos = ops.expand(ops.arange(self.size, s["newest"])[None, None] + start, (B, 1, self.size))
         if isinstance(n, int) or not n.shape:
             return pos, 1

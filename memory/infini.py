@@ -46,7 +46,7 @@ def recall(x, s):
 
 
 class Memory(Base):
-    size = 0
+    size, moves = 0, True
     unturned = True  # the matrix wants keys without positions
 
     def __init__(self, c, o):

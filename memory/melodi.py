@@ -56,7 +56,7 @@ class Mix(ops.Module):
 
 
 class Memory(Beside):
-    size = 0
+    size, moves = 0, True
 
     def __init__(self, c, o):
         super().__init__(c, o)

@@ -5,7 +5,8 @@ from memory.base import blank
 
 
 class Memory(Base):
-    size = 0
+    size, moves = 0, True
+    cuts = True  # nothing crosses a boundary, a gradient neither
 
     def close(self, attn, seg, s):
         n = 0 if isinstance(s["n"], int) else s["n"] * 0

@@ -29,7 +29,7 @@ def check(o):
 class Memory(Base):
     # born: where the token really stood; pos: where it is felt to stand
     fields, beside = ("k", "v", "pos", "born"), {"born": "at"}
-    slides = True
+    slides = moves = True
 
     def __init__(self, c, o):
         super().__init__(c, o)

@@ -31,7 +31,7 @@ def check(o):
 
 
 class Memory(Beside):
-    size = 0
+    size, moves = 0, True
     fields = ("k", "v", "pos", "x")
 
     def __init__(self, c, o):

@@ -51,6 +51,8 @@ class Around(Base):
 
 
 class Memory(Beside):
+    moves = True
+
     def __new__(cls, c, o, *rest):
         return super().__new__(over(cls, policy(o)[0].Memory))
 

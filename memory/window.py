@@ -14,7 +14,7 @@ def check(o):
 
 
 class Memory(Base):
-    slides = True
+    slides = moves = True
 
     @property
     def size(self):

@@ -21,7 +21,7 @@ def check(o):
 
 
 class Memory(Base):
-    cuts = True
+    cuts = moves = True
 
     def __init__(self, c, o):
         super().__init__(c, o)

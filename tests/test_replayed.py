@@ -30,6 +30,14 @@ ALIKE = {
     "renumbered": {"attn": LONG, "memory": "sinks:budget=10,sinks=2"},
     "lora": {"attn": LONG, "memory": KEPT, "adapter": "lora:rank=4"},
     "long segments": {"attn": "window:window=4", "memory": "window:budget=3"},
+    "none": {"memory": "none"},
+    "xl": {"memory": "xl:length=8"},
+    "compressive": {"memory": "compressive:length=8,compressed=4,rate=2,closed=false"},
+    "tokens": {"memory": "tokens:size=2,keep=window,budget=8,closed=false"},
+    "summary": {"memory": "summary:k=2,chunk=8,chunks=4,closed=false"},
+    "state": {"memory": "state:size=2,closed=false"},
+    "melodi": {"memory": "melodi:short=2,long=2,windows=3,closed=false"},
+    "infini": {"memory": "infini:gate=sigmoid"},
 }
 # where the host's numbers would be another segment's, or nothing comes again
 OTHERS = {
@@ -39,7 +47,6 @@ OTHERS = {
     "random": {"attn": "bigbird:block=4,window=1,n_random=1", "memory": "window:budget=8"},
     "dropout": {"attn": "window:window=5", "memory": "window:budget=4", "adapter": "lora:dropout=0.5"},
     "h2o": {"memory": "h2o:budget=8"},
-    "tokens": {"memory": "tokens:size=2"},
 }
 
 
