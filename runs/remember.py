@@ -175,6 +175,7 @@ def learn(task, memory, seed, a):
     """The row of a model that is trained on a task."""
     import model as llama
     import ops
+    from kernels.replayed import Replays
 
     start = time.perf_counter()
     ops.seed(seed)
@@ -186,6 +187,9 @@ def learn(task, memory, seed, a):
     model.dtype = llama.as_dtype(a.dtype or "float32")
     model.model.patterns(training=True)
     bptt = train.reach(model, SimpleNamespace(bptt=None))
+    if ops.BACKEND == "torch" and ops.on_gpu():
+        # kernels so small are asked for one by one more slowly than they run
+        model.replays = Replays(model, a.rows * a.segment)
     optimizer = ops.AdamW(model, (0.9, 0.95), 1e-8, 0.01)
     learning, testing = (np.random.default_rng([seed, i]) for i in (1, 2))
     test = lambda d, rows: accuracy(model, sample(task, testing, np.full(rows, d), a.segment), a.segment)
