@@ -291,8 +291,8 @@ def known(x):
     if x.is_inference():
         # nobody counts what is written into it
         return numpy(x)
-    if read is not None:
-        read.append(x)
+    if _read is not None:
+        _read.append(x)
     for there, version, numbers in _host:
         if there() is x and version == x._version:
             return numbers
@@ -301,7 +301,7 @@ def known(x):
     return _host[-1][2]
 
 
-read = None  # a list while somebody listens to what the host asks for (kernels/replayed.py)
+_read = None  # a list while somebody listens to what the host asks for (kernels/replayed.py)
 _host = collections.deque(maxlen=4)  # arrays that were asked for, their versions then, and their numbers
 
 

@@ -58,11 +58,11 @@ class Replays:
             self.seen.add(key)
             return self.eagerly(f, given, grads)
         there = self.placed(given)
-        kernels.heard, torch_.read = asked, read = [], []
+        kernels.heard, torch_._read = asked, read = [], []
         try:
             out, grads = self.eagerly(f, given, grads)
         finally:
-            kernels.heard = torch_.read = None
+            kernels.heard = torch_._read = None
         around = self.model.around
         by = there["piece"]["tokens"].shape[1] + (0 if around is None else around.size * (1 + around.read))
         self.made[key] = not read and farther(asked, by) and recorded(f, there, grads, onwards, self)
