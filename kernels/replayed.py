@@ -41,8 +41,8 @@ class Replays:
         self.read = None
 
     def begin(self):
-        """Another row: parameters that are other arrays now are not what was recorded."""
-        read = [p.data_ptr() for p in self.model.parameters()]
+        """Another row: of a model that is another one now, or whose parameters are other arrays, nothing was recorded."""
+        read = self.model.config, [p.data_ptr() for p in self.model.parameters()]
         if read != self.read:
             self.made, self.read = {}, read
 

@@ -146,6 +146,19 @@ def test_other_parameters_are_noticed():
     assert not model.replays.made
 
 
+def test_longer_rows_that_feel_distance_otherwise():
+    """As a curriculum's next stage has it."""
+    model, plain = (ready(**ALIKE["lora"], pos="yarn:factor=2") for _ in range(2))
+    model.replays = Replays(model, 2 * N)
+    found = []
+    for m in (model, plain):
+        first = steps(m)
+        m.feel("yarn:factor=8")
+        found.append((first, steps(m)))
+    for got, want in zip(*found):
+        same(got, want)
+
+
 def test_long_segments_are_not_replayed():
     model = ready(**ALIKE["longformer"])
     assert replaying(model, most=2 * N - 1)[1] == 0
