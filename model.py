@@ -398,7 +398,7 @@ class Llama(Module):
         state = self.start(read=tokens.shape[1]) if alone else state
         self.settle(state)
         pos, count = self.number(tokens, state["next"], padded)
-        at = Places(pos, state["next"] if isinstance(state["next"], int) and not padded else None)
+        at = Places(pos, int(state["next"]) if isinstance(state["next"], int) and not padded else None)
         x = self.model.embed_tokens(ops.where(tokens < 0, 0, tokens) if padded else tokens)
         x = x if self.dtype is None else ops.cast(x, self.dtype)
         x, state = self.read(x, at, None if begin is None else begin[:, None], count, close and not alone, state)

@@ -704,7 +704,8 @@ def parked(tree, more=0):
     more: so many trees like it will follow."""
     if device().type == "cuda":
         return Parked(tree_map, tree, device(), more)
-    return _Parked(tree_map(lambda x: x.to("cpu"), tree))
+    # in memory of its own, as on a GPU
+    return _Parked(tree_map(lambda x: x.to("cpu", copy=True), tree))
 
 
 class _Parked:

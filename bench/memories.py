@@ -5,13 +5,12 @@ python bench/memories.py --shape tiny --length 512 --segment 64 --repeat 5      
 python bench/memories.py --table bench/results/memories.json
 
 All weights train, in float32, activations are bfloat16 on a GPU; they are random, and so are tokens (bench/finetune.py makes the model and
-its step). Memories are as their files have them, but that xl and compressive keep one segment raw. melodi and summary hold room for 128
-segments from the first on: `melodi, fitted` and `summary, fitted` have as much as the row fills. Timed are steps after a whole one to warm
+its step). Memories are as their files have them, but that xl and compressive keep one segment raw. Timed are steps after whole ones to warm
 up, optimizer included: the median. Peak memory is the device's; torch on a CPU counts none.
 
 Gradients go as far as train.py lets them by default: through all boundaries, for which all segments but a row's last are read twice, and
-where a memory cuts them (xl, compressive) through none, for which they are read once. `none` is there both ways, for no gradient passes it
-either, and once more at the end: what that differs by is the machine's doing.
+where a memory cuts them (none, xl, compressive) through none, for which they are read once. `none` is there once more at the end: what
+that differs by is the machine's doing.
 """
 
 import argparse
@@ -26,7 +25,7 @@ import finetune
 
 import cli
 
-# {n}: a segment's tokens; {m}: the segments of a row
+# {n}: a segment's tokens
 MEMORIES = {
     "none": "none",
     "xl": "xl:length={n}",
@@ -34,17 +33,15 @@ MEMORIES = {
     "tokens": "tokens",
     "state": "state",
     "infini": "infini",
-    "melodi, fitted": "melodi:windows={m}",
-    "summary, fitted": "summary:chunks={m}",
     "melodi": "melodi",
     "summary": "summary",
 }
-ONCE, AGAIN = "none, read once", "none, again"
+AGAIN = "none, again"
 
 
-def case(memory, bptt, args):
+def case(memory, args):
     how = {k: getattr(args, k) for k in ("length", "segment", "batch", "repeat", "checkpoint", "dtype")}
-    return SimpleNamespace(**finetune.DEFAULT | how | {"memory": memory, "bptt": bptt, "adapter": "full", "warm": args.length})
+    return SimpleNamespace(**finetune.DEFAULT | how | {"memory": memory, "bptt": None, "adapter": "full", "warm": args.length})
 
 
 def table(r):
@@ -55,7 +52,7 @@ def table(r):
         if "failed" in row:
             lines.append(f"| {row['name']} | {row['failed']} | | | | |")
             continue
-        name = row["name"] if row["name"] in (ONCE, AGAIN) else f"`{row['memory']}`"
+        name = row["name"] if row["name"] == AGAIN else f"`{row['memory']}`"
         cells = [
             name,
             "twice" if row["bptt"] else "once",
@@ -96,15 +93,12 @@ def main():
     drawn = SimpleNamespace(sizes=common.SHAPES[args.shape], dtype="float32")
     result = {k: getattr(args, k) for k in ("shape", "length", "segment", "batch", "repeat", "checkpoint", "dtype")}
     result |= {"backend": ops.BACKEND, "rows": []}
-    asked = [
-        (name, MEMORIES.get(name, name).format(n=args.segment, m=-(-args.length // args.segment)), None)
-        for name in dict.fromkeys(["none", *args.memories])
-    ]
+    asked = [(name, MEMORIES.get(name, name).format(n=args.segment)) for name in dict.fromkeys(["none", *args.memories])]
     start, base = time.perf_counter(), {}
-    for name, memory, bptt in (asked[0], (ONCE, "none", 0), *asked[1:], (AGAIN, "none", None)):
+    for name, memory in (*asked, (AGAIN, "none")):
         row = {"failed": f"not begun within --limit {args.limit:g} seconds"}
         if time.perf_counter() - start < args.limit:
-            row = finetune.tried(case(memory, bptt, args), drawn, False)[0]
+            row = finetune.tried(case(memory, args), drawn, False)[0]
             finetune.free()
         base = base or row
         if "failed" not in row and "failed" not in base:

@@ -13,7 +13,6 @@ What the host reckons itself is as it was at the recording: it must be the same 
 Without CUDA a replay runs the function again, with the host's numbers of the recording: what tests can see of it.
 """
 
-import functools
 import math
 import warnings
 
@@ -41,8 +40,8 @@ class Replays:
         self.read = None
 
     def begin(self):
-        """Another row: parameters that are other arrays now are not what was recorded."""
-        read = [p.data_ptr() for p in self.model.parameters()]
+        """Another row: of a model that is another one now, or whose parameters are other arrays, nothing was recorded."""
+        read = self.model.config, [p.data_ptr() for p in self.model.parameters()]
         if read != self.read:
             self.made, self.read = {}, read
 
@@ -177,7 +176,6 @@ class Replay:
         finally:
             # lists that the kernels read
             self.held, Recent.noted = Recent.noted, None
-        shared.homes |= {x.untyped_storage().data_ptr() for x in leaves(self.out)}
         shared.settle()
 
     def run(self):
@@ -185,13 +183,14 @@ class Replay:
         out, grads = self.f(fresh(self.given), dict(self.grads))
         if any(grads[n] is not g for n, g in self.grads.items()):
             raise RuntimeError("a gradient was not added to in place")
-        out = {k: ops.tree_map(functools.partial(self.own, whole=k == self.onwards), x) for k, x in out.items()}
-        return {k: self.shared.placed(x, k) if k == self.onwards else x for k, x in out.items()}
+        # all of it in places that others give from too; what goes onwards last, for the rest may be a part of what it is written over
+        order = sorted(out, key=lambda k: k == self.onwards)
+        return {k: self.shared.placed(ops.tree_map(self.own, out[k]) if k == self.onwards else out[k], k) for k in order}
 
-    def own(self, x, whole):
-        """x in memory that is not that of `given`, unless it is one of its arrays as a whole and may be."""
+    def own(self, x):
+        """x in memory that is not that of `given`, unless it is one of its arrays as a whole."""
         near = [a for a in leaves(self.given) if a.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()]
-        return x.clone() if near and not (whole and any(one(a, x) for a in near)) else x
+        return x if not near or any(one(a, x) for a in near) else x.clone()
 
     def __call__(self, given, grads):
         shared = self.shared

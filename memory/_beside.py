@@ -16,7 +16,7 @@ import numpy as np
 import ops
 import plugins
 from kernels import Places, attend
-from memory.base import Memory
+from memory.base import Memory, blank
 
 
 def check(o):
@@ -71,7 +71,7 @@ class Beside(Memory):
     def with_side(self, s, n, name="side"):
         """The state with room for n vectors beside the slots."""
         if name in s:
-            return s
+            return {**s, name: {f: ops.cat([blank(f, a, n - a.shape[2]), a], 2) if a.shape[2] < n else a for f, a in s[name].items()}}
         B, K, _, D = s["v"].shape
         k = ops.full((B, K, n, D), 0.0, s["v"].dtype, s["v"])
         return {**s, name: {"k": k, "v": k, "pos": ops.full((B, 1, n), -1, ops.int32, s["v"])}}
@@ -89,6 +89,17 @@ def together(y, here, z, there, g, lse=False):
     w = g * ops.sigmoid(there - here)[..., None]
     y = ops.cast(ops.cast(y, ops.float32) * (1 - w) + w * ops.cast(z, ops.float32), y.dtype)
     return (y, ops.logsumexp(ops.cat([here[..., None], there[..., None]], -1), -1)) if lse else y
+
+
+def queued(old, new, n):
+    """The newest n of what stands in a side and in one that comes behind it; rows at -1 have nothing new, and keep what they had."""
+    if old is None:
+        return new
+    live, there = new["pos"][..., -1:] >= 0, old["pos"].shape[2]
+    m = min(n, there + new["pos"].shape[2])
+    with_new = lambda f: ops.cat([old[f], new[f]], 2)[:, :, -m:]
+    without = lambda f: ops.cat([blank(f, old[f], m - there), old[f]], 2) if m > there else old[f]
+    return {f: ops.where(live if f == "pos" else live[..., None], with_new(f), without(f)) for f in new}
 
 
 def renewed(old, new):

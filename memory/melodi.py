@@ -16,7 +16,7 @@ mixes the window's tokens in, which binds the weights to one length of window.
 import ops
 from memory import _beside
 from memory._around import Around as Base
-from memory._beside import Beside
+from memory._beside import Beside, queued
 from memory.base import blank
 
 
@@ -94,12 +94,9 @@ class Memory(Beside):
 
     def enqueue(self, attn, x, pos, s):
         """The state with vectors x [B, long, C] of the window that ends at pos [B, 1, 1] in the queue, and the oldest out of it."""
-        (k, v), n = attn.kv(x), self.o.long * self.o.windows
+        k, v = attn.kv(x)
         new = {"k": k, "v": v, "pos": ops.expand(pos, (x.shape[0], 1, x.shape[1]))}
-        old = s["long"] if "long" in s else {f: blank(f, a, n) for f, a in new.items()}
-        # a row without a window has nothing to add
-        queue = lambda f, a: ops.where(pos >= 0 if f == "pos" else (pos >= 0)[..., None], ops.cat([old[f], a], 2)[:, :, -n:], old[f])
-        return {**s, "long": {f: queue(f, a) for f, a in new.items()}}
+        return {**s, "long": queued(s.get("long"), new, self.o.long * self.o.windows)}
 
     def still(self, s):
         s = self.with_side(s, self.o.short)

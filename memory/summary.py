@@ -21,6 +21,7 @@ import numpy as np
 import ops
 from memory import tokens
 from memory._around import Around as Base
+from memory._beside import queued
 
 POSITIONS = ("none", "near", "absolute")
 
@@ -71,18 +72,14 @@ class Memory(tokens.Memory):
         return {"k": k, "v": v, "pos": pos}
 
     def stand(self, attn, x, seg, s, pos=None):
-        new, n = self.standing(attn, x, seg, seg.at.at), self.vectors
-        s = self.with_side(s, n)
-        live = new["pos"][..., -1:] >= 0
-        # a row with nothing new keeps what it has
-        queue = lambda f, a: ops.where(live if f == "pos" else live[..., None], ops.cat([s["side"][f], a], 2)[:, :, -n:], s["side"][f])
-        return {**s, "side": {f: queue(f, a) for f, a in new.items()}}
+        return {**s, "side": queued(s.get("side"), self.standing(attn, x, seg, seg.at.at), self.vectors)}
 
     def glance(self, attn, q, seg, s):
         if self.positions == "none":
             return self.aside(attn, q, seg, s["side"], felt=False)
         if self.positions == "near":
             pos = s["side"]["pos"]
-            near = pos[..., -1:] - (self.vectors - 1) + ops.arange(self.vectors, pos)
+            M = pos.shape[2]
+            near = pos[..., -1:] - (M - 1) + ops.arange(M, pos)
             s = {**s, "side": {**s["side"], "turned": ops.where(pos < 0, 0, near)}}
         return super().glance(attn, q, seg, s)

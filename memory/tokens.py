@@ -51,7 +51,7 @@ class Around(Base):
 
 
 class Memory(Beside):
-    moves = True
+    moves, cuts = True, False  # whatever becomes of the slots, the gradient goes on through the vectors
 
     def __new__(cls, c, o, *rest):
         return super().__new__(over(cls, policy(o)[0].Memory))

@@ -134,7 +134,7 @@ def test_documents_are_not_replayed():
     assert not model.replays.made
 
 
-def test_other_parameters_are_noticed():
+def test_another_model_is_noticed():
     model = ready(**ALIKE["longformer"])
     model.replays = Replays(model, 2 * N)
     steps(model)
@@ -142,6 +142,11 @@ def test_other_parameters_are_noticed():
     model.replays.begin()
     assert model.replays.made == made and any(made.values())
     ops.set_parameters(model, {n: ops.copy(p) for n, p in ops.parameters(model).items()})
+    model.replays.begin()
+    assert not model.replays.made
+    steps(model)
+    # as a curriculum's next stage has it
+    model.feel("yarn:factor=2")
     model.replays.begin()
     assert not model.replays.made
 

@@ -1,13 +1,18 @@
 """Recurrent Memory Transformer and AutoCompressor: against the papers' concatenations, written out over the plain model."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import apart, influence, run, text, tiny, whole
+from test_adapters import fresh
 
+import data
 import ops
 import plugins
+import segments
+import train
 from errors import Refused
 from kernels import Places
 from model import Config, Llama, load, save
@@ -48,6 +53,21 @@ def test_it_is_the_papers_concatenation(pos):
     with ops.no_grad():
         fewer = by_the_paper(tiny(pos=pos, memory="tokens:size=2,closed=false"), plain, tokens, 8)
     assert apart(got, fewer) > 1e-2
+
+
+@pytest.mark.parametrize("keep", ["none", "xl", "window"])
+@pytest.mark.parametrize("name", ["tokens:size=2", "summary:k=2,chunks=3"])
+def test_the_gradient_goes_back_through_the_vectors(name, keep):
+    """By default, whatever the layers' own memory cuts."""
+    model = fresh(memory=f"{name},keep={keep},budget=4,closed=false")
+    bptt = train.reach(model, SimpleNamespace(bptt=None))
+    tokens, targets = text(16), text(16, seed=1)
+    targets[:, :12] = -1
+    b = data.Batch(tokens, targets, tokens * 0, [[]])
+    of = lambda bptt: segments.accumulate(model, segments.cut(b, 4), train.nats, {}, bptt)[1]["model.embed_tokens.weight"]
+    # words of the first segment alone
+    first = sorted(set(tokens[0, :4]) - set(tokens[0, 4:]))
+    assert first and np.abs(ops.numpy(of(bptt))[first]).sum() > 0 == np.abs(ops.numpy(of(0))[first]).sum()
 
 
 @pytest.mark.parametrize("pos", ["rope", "dynamic"])
