@@ -14,7 +14,7 @@ if ops.BACKEND != "torch":
     pytest.skip("replays are torch's", allow_module_level=True)
 
 from kernels import frozen
-from kernels.replayed import Replays
+from kernels.replayed import Replay, Replays
 from kernels.spans import moves
 
 T, N = 80, 8  # tokens of a row, of a segment
@@ -70,10 +70,10 @@ class Plain:
                 ops.parameters(self.model)[n].sub_(lr * g)
 
 
-def steps(model, bptt="all", begin=None, offload=False):
-    """(loss, gradients) of three steps, each of another batch of two rows and another number of targets."""
+def steps(model, bptt="all", begin=None, offload=False, n=3, T=T):
+    """(loss, gradients) of n steps, each of another batch of two rows and another number of targets."""
     optimizer, found = Plain(model), []
-    for seed in range(3):
+    for seed in range(n):
         tokens = text(T + 1, 2, seed=seed)
         targets = tokens[:, 1:].copy()
         targets[:, : 7 * seed] = -1
@@ -90,19 +90,21 @@ def same(got, want):
         assert sum(float(abs(g).sum()) > 0 for g in grads_.values()) > len(grads_) / 2
 
 
-def replaying(model, most=2 * N, **how):
-    """(what steps() gives, how many segments were replayed)."""
-    model.replays, count = Replays(model, most, **how), []
-    work = model.replays.eagerly
-    model.replays.eagerly = lambda *given: count.append(1) or work(*given)
-    return steps(model), 3 * (2 * T // N - 1) - len(count)
+def replaying(model, most=2 * N, settle=lambda: None, **how):
+    """(what steps() gives, how many times a segment was replayed)."""
+    model.replays, count = Replays(model, most, settle), []
+    replay = Replay.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Replay, "__call__", lambda *given: count.append(1) or replay(*given))
+        return steps(model, **how), len(count)
 
 
 @pytest.mark.parametrize("way", ALIKE)
 def test_the_step_is_the_same(way):
     got, replayed = replaying(ready(**ALIKE[way]))
     same(got, steps(ready(**ALIKE[way])))
-    assert replayed > 3 * T // N, "most of all steps' segments, forwards and backwards"
+    # once or twice each segment of the last step, and some before
+    assert replayed > T // N
 
 
 @pytest.mark.parametrize("way", OTHERS)
@@ -159,13 +161,14 @@ def test_long_segments_are_not_replayed():
 @pytest.mark.skipif(not frozen.TRITON, reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("bits", [16, 8])
 def test_beside_frozen_matrices(bits):
-    how = {"attn": LONG, "memory": KEPT, "base_bits": bits, **({"intermediate_size": 64} if bits < 16 else {})}
+    how = {**ALIKE["window"], "base_bits": bits, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     model, plain = (ready("lora:rank=4", **how) for _ in range(2))
-    settle = frozen.use(model)
-    got, replayed = replaying(model, settle=settle)
+    # Triton's interpreter is slow
+    few = {"n": 3 if bits == 16 else 1, "T": 5 * N}
+    got, replayed = replaying(model, settle=frozen.use(model), **few)
     frozen.use(plain)
-    same(got, steps(plain))
-    assert replayed > 3 * T // N
+    same(got, steps(plain, **few))
+    assert replayed > 1
 
 
 def test_a_position_that_the_host_keeps_to_itself_would_show():
