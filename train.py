@@ -144,6 +144,9 @@ def depth(text):
 def use_backend(name):
     """Import what stands on a framework; not at the top of the file, because the backend must be chosen before."""
     global coded, frozen, llama, ops, replayed, segments
+    # of torch's allocator on CUDA, which reads it at the first array: rows near the limit leave it no room for gaps
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     ops = cli.use_backend(name)
     import model as llama
     import segments
