@@ -108,7 +108,8 @@ def plan(m, a, how):
     # a state holds keys and values; the one at work is there, and so is its gradient, which MLX multiplies in float32
     past = [min(N - S, N if n is None else n) if a.segment else 0 for n in m.slots]
     state = act * 2 * a.micro * c.num_key_value_heads * c.head_dim * sum(past)
-    waiting = -(-N // S) - 1
+    # segments of random lengths are more
+    waiting = -(-N // ((S + (getattr(a, "segment_least", None) or S)) // 2)) - 1
     waiting = waiting if a.bptt in ("all", None) else min(a.bptt, waiting)
     # of one that waits those tokens that the next has not; the row is one document, or all wait whole
     gone = sum(n if always is None else min(n, always + S if bound else always) for n, always, bound in zip(past, m.stay, m.slots))

@@ -19,15 +19,21 @@ run are read twice; with bptt=0 none is.
 """
 
 import functools
+from itertools import pairwise
 from types import SimpleNamespace
+
+import numpy as np
 
 import ops
 
 
-def cut(batch, n):
-    """A data.Batch of [B, T] in pieces of n tokens, the last one shorter where n does not divide T."""
+def cut(batch, n, least=None, seed=0):
+    """A data.Batch of [B, T] in pieces of n tokens, the last one shorter where n does not divide T. least: each of a length drawn for all
+    rows at once, one of nine between that and n, so that lengths come again."""
     arrays, T = batch[:3], batch.tokens.shape[1]
-    return [batch._replace(**dict(zip(batch._fields, (x[:, i : i + n] for x in arrays)))) for i in range(0, T, n)]
+    lengths = np.full(T, n) if least is None else np.random.default_rng(seed).choice(np.linspace(least, n, 9).astype(int), T)
+    edges = [0, *np.cumsum(lengths).tolist()]
+    return [batch._replace(**dict(zip(batch._fields, (x[:, i:j] for x in arrays)))) for i, j in pairwise(edges) if i < T]
 
 
 def runs(pieces, bptt):

@@ -53,7 +53,7 @@ COMMON = {"micro": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "keep": 2, "o
 COMMON |= {"loss_chunk": 2048, "upsample": 1, "rewarm": 0, "checkpoint_offload": False, "optimizer_offload": False}
 COMMON |= {"memory_plan": False, "head_groups": 1}
 UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "adapter", "device", "dtype", "segment", "bptt", "lr", "min_lr")
-UNSET += ("base_bits", "eval_every", "save_every", "out", "mlp_tile", "curriculum", "stages")
+UNSET += ("base_bits", "eval_every", "save_every", "out", "mlp_tile", "curriculum", "stages", "segment_least")
 POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk", "upsample")
 # what a resumed run may change: nothing that moves its losses
 FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload", "loss_chunk", "mlp_tile", "head_groups"}
@@ -89,6 +89,12 @@ def parse(argv=None):
         type=lambda text: text if text == "auto" else cli.whole(text),
         metavar="TOKENS|auto",
         help="read a row in pieces of so many tokens, --memory carrying the past from one to the next; auto: as many as fit, 1k to 16k",
+    )
+    p.add_argument(
+        "--segment-least",
+        type=cli.whole,
+        metavar="TOKENS",
+        help="segments of random lengths from so many tokens to --segment, other ones for every row (as AutoCompressor trains)",
     )
     p.add_argument("--bptt", type=depth, metavar="K|all", help="boundaries between segments that gradients pass in a row (default: all)")
     p.add_argument("--offload", action=argparse.BooleanOptionalAction, help="what is kept at the boundaries waits in the host's memory")
@@ -195,6 +201,11 @@ def settle(given):
         raise Refused(why if a["checkpoint_offload"] else f"--checkpoint {a['checkpoint']} is not possible: it must be above 0")
     if a["segment"] is None and (a["bptt"] is not None or a["offload"]):
         raise Refused(f"--{'offload' if a['offload'] else 'bptt'} is about the boundaries between segments: give --segment too")
+    if a["segment_least"] is not None:
+        most = a["segment"]
+        if most in (None, "auto") or not 0 < a["segment_least"] < most:
+            of = "a --segment that says how long the others are" if most in (None, "auto") else f"--segment {most}"
+            raise Refused(f"--segment-least {a['segment_least']} is not possible: it must be above 0 and below {of}")
     if a["rewarm"] and not a["curriculum"]:
         raise Refused(f"--rewarm {a['rewarm']} is about the changes of a --curriculum: give that too")
     if a["segment"] == "auto" and (a["length"] <= 1024 or min(stage.length for stage in a["stages"]) < 1024):
@@ -429,18 +440,20 @@ def loss_and_seen(model, batch, total):
     return nats(watched, batch) / total, *seen
 
 
-def train_step(model, optimizer, batch, micro, clip, lr, segment=None, bptt="all", offload=False):
-    """One step over the rows of a batch, `micro` at a time, whole or in segments (see segments.py). Returns (loss in nats a token,
-    gradient norm before clipping, target tokens). Where loss or norm is not finite nothing has changed."""
+def train_step(model, optimizer, batch, micro, clip, lr, segment=None, bptt="all", offload=False, least=None):
+    """One step over the rows of a batch, `micro` at a time, whole or in segments (see segments.py), those of random lengths from `least`
+    on if that is given. Returns (loss in nats a token, gradient norm before clipping, target tokens). Where loss or norm is not finite
+    nothing has changed."""
     # of the whole step: a mean of means would weigh a token by how its part was filled
     total = max(1, int((batch.targets >= 0).sum()))
     parts, grads = [], {}
     for i in range(0, len(batch.tokens), micro):
         part = data.Batch(*(x[i : i + micro] for x in batch))
         # the same in a run that was resumed, and however often this part is computed
-        model.shake(zlib.crc32(part.tokens.tobytes()))
+        seed = zlib.crc32(part.tokens.tobytes())
+        model.shake(seed)
         if segment:
-            out, grads = segments.accumulate(model, segments.cut(part, segment), nats, grads, bptt, offload, total)
+            out, grads = segments.accumulate(model, segments.cut(part, segment, least, seed), nats, grads, bptt, offload, total)
             parts += out
         else:
             out, grads = ops.accumulate(model, lambda part=part: loss_and_seen(model, part, total), grads)
@@ -518,7 +531,7 @@ def train(a, saved):
                 model.feel(stage.pos)
                 tqdm.write(str(stage))
             start, lr, batch = time.perf_counter(), lr_at(step, a) * stage.warmth(step, a.rewarm), batches.next()
-            loss, norm, n = train_step(model, optimizer, batch, stage.micro, a.clip, lr, a.segment, a.bptt, a.offload)
+            loss, norm, n = train_step(model, optimizer, batch, stage.micro, a.clip, lr, a.segment, a.bptt, a.offload, a.segment_least)
             seconds, last, ends = time.perf_counter() - start, step == a.steps, step == stage.last
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 texts = ", ".join(sorted({name for row in batch.names for name in row}))

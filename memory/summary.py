@@ -4,7 +4,8 @@ last layer makes of them stands before all later segments.
     [sigma_1 ; .. ; sigma_{i-1} ; S_i ; <Sum>_1 .. <Sum>_k] -> N layers -> [.. ; sigma_i]        (section 3.1, summary accumulation)
 
 So a text of n segments is k n vectors, and the newest `chunks` segments' are kept. It differs from memory tokens (tokens.py) in that
-nothing is rewritten: old summaries stay, and the summary tokens are the same learned vectors behind every segment. As there, layers take
+nothing is rewritten: old summaries stay, and the summary tokens are the same learned vectors behind every segment. (The paper trains in
+segments of random lengths: --segment-least, and stops gradients after two: --bptt 1.) As there, layers take
 a summary for tokens, its keys and values stand beside the slots, and a gate keeps it out of a trained model at first. The summary tokens
 begin as the embedding of the token that ends a text, as in the paper's code, and a little noise. --adapter summary trains them and a LoRA.
 

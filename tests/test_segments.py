@@ -96,6 +96,33 @@ def test_the_gradient_is_that_of_the_whole_row(attn, memory, packed, learning):
         assert abs(got[0] / loss - 1) < 1e-6 and off(got[1], grads) < 1e-5, n
 
 
+@pytest.mark.parametrize("attn, memory", EXACT[1:6:2], ids=str)
+def test_segments_of_random_lengths(attn, memory, learning):
+    model, b = learning(tiny(attn, memory=memory)), batch()
+    loss, grads = whole(model, b)
+    drawn = set()
+    for seed in range(6):
+        pieces = segments.cut(b, 9, 3, seed)
+        lengths = [piece.tokens.shape[1] for piece in pieces]
+        assert sum(lengths) == b.tokens.shape[1] and all(3 <= n <= 9 for n in lengths[:-1]) and 0 < lengths[-1] <= 9
+        assert [p.tokens.tolist() for p in segments.cut(b, 9, 3, seed)] == [p.tokens.tolist() for p in pieces]
+        np.testing.assert_array_equal(np.concatenate([p.targets for p in pieces], 1), b.targets)
+        drawn.add(tuple(lengths))
+        outs, got = segments.accumulate(model, pieces, train.nats, {})
+        assert abs(sum(one.item() for one, *_ in outs) / loss - 1) < 1e-6 and off(numbers(got), grads) < 1e-5, lengths
+    assert len(drawn) > 3
+    # a step's come from its tokens: the same in a run that was resumed, others for other rows
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        noted = lambda model, pieces, *rest: seen.append([p.tokens.shape[1] for p in pieces]) or ([(ops.array(0.0),)], {})
+        patch.setattr(segments, "accumulate", noted)
+        patch.setattr(ops, "global_norm", lambda grads: ops.array(float("nan")))
+        for rows in (0, 0, 1, 2, 3):
+            x = text(60, 1, seed=rows)
+            train.train_step(model, None, data.Batch(x, x, x * 0, [[]]), 1, 1.0, 0.0, 9, least=3)
+    assert seen[0] == seen[1] and len({tuple(x) for x in seen}) > 2
+
+
 RECURRENT = ["tokens:size=3", "tokens:size=2,keep=window,budget=4", "state:size=3", "state:size=3,cell=mlp", "melodi:short=3,long=2"]
 RECURRENT += ["summary:k=2,chunks=2"]
 
@@ -377,10 +404,14 @@ def test_a_run_in_segments_is_the_run_of_whole_rows(attn, memory, world, tmp_pat
     assert json.loads((out / "trainer.json").read_text())["arguments"]["bptt"] == "all"
 
 
-@pytest.mark.parametrize("memory, bptt, said", [("xl:length=8", None, 0), ("sinks:budget=12,sinks=2", 1, 1), ("infini", None, "all")])
-def test_a_run_in_segments_learns_and_resumes_to_the_bit(memory, bptt, said, world, tmp_path, monkeypatch):  # noqa: F811
+RUNS = [("xl:length=8", None, 0, None), ("sinks:budget=12,sinks=2", 1, 1, 9), ("infini", None, "all", None)]
+
+
+@pytest.mark.parametrize("memory, bptt, said, least", RUNS)
+def test_a_run_in_segments_learns_and_resumes_to_the_bit(memory, bptt, said, least, world, tmp_path, monkeypatch):  # noqa: F811
     real, out, steps = train.train_step, tmp_path / "run", []
-    how = {"steps": 8, "save-every": 4, "segment": 16, "memory": memory, "bptt": bptt, "pos": "xl" if "xl" in memory else None}
+    how = {"steps": 8, "save-every": 4, "segment": 16, "segment-least": least, "memory": memory, "bptt": bptt}
+    how |= {"pos": "xl"} if "xl" in memory else {}
     assert train.main(args(world, tmp_path / "whole", **how)) == 0
     monkeypatch.setattr(train, "train_step", lambda *a: steps.append(1) or (real(*a) if len(steps) < 6 else 1 / 0))
     with pytest.raises(ZeroDivisionError):
@@ -409,6 +440,8 @@ BAD = {
     "a negative bptt": ({"segment": 16, "bptt": -1}, "--bptt"),
     "a bptt that is no number": ({"segment": 16, "bptt": "some"}, "--bptt"),
     "bptt of a memory that cuts": ({"segment": 16, "bptt": 2, "memory": "xl"}, "--memory xl"),
+    "least as long as the others": ({"segment": 16, "segment-least": 16}, "--segment-least 16"),
+    "least alone": ({"segment-least": 16}, "--segment-least 16"),
     "a share of unknown texts": ({"segment": 16, "memory": "snapkv:budget=0.25"}, "budget in tokens"),
     "a pattern of whole rows": ({"segment": 16, "attn": "full/routing"}, "assign=argmax"),
 }
