@@ -32,7 +32,7 @@ class Memory(Module):
     always = 0  # that many leading slots are exempt from the attention pattern,
     opening = 0  # and so are the first so many tokens of each document
     slides = False  # are those that stay always the `always` leading slots and the newest, each as it was written?
-    moves = False  # is all that the host reckons in training the same for whoever stands farther? Then see kernels/replayed.py
+    moves = False  # is what the host reckons in training the same for whoever stands farther? Each class for itself (kernels/replayed.py)
     ordered = False  # must what stays be in order of position, in a static graph too?
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds

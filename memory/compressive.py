@@ -43,6 +43,8 @@ def check(o):
 
 
 class Memory(Beside, XL):
+    moves = True
+
     def __init__(self, c, o):
         super().__init__(c, o)
         if o.compress in ("conv", "dilated"):

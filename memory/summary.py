@@ -62,6 +62,8 @@ class Around(Base):
 
 
 class Memory(tokens.Memory):
+    moves = True
+
     def __init__(self, c, o, *rest):
         super().__init__(c, o, *rest)
         self.vectors, self.segment, self.positions = o.k * o.chunks, o.chunk, o.positions

@@ -78,4 +78,4 @@ class Memory(Beside):
 @functools.cache
 def over(kind, keeps):
     """The class `kind` on top of the policy's own."""
-    return type("Memory", (kind, keeps), {})
+    return type("Memory", (kind, keeps), {"moves": vars(kind).get("moves", False)})
