@@ -15,6 +15,7 @@ import functools
 import os
 from typing import Any, NamedTuple, Optional
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -450,13 +451,23 @@ def lists(kind, q, k, call, size):
     work is a block of, or these "in order" (kernels/hopper.py), or "near": "query", of the blocks
     with a distance that has a bias of its own; size: tokens in a block of queries, of keys."""
     (B, H, n, _), (K, n_keys), w, rule = q.shape, k.shape[1:3], call.where, rule_of(call.rule)
-    host = [None if x is None else ops.known(x) for x in w[2:]]
+    if rule.name == "full" and kind != "near" and w.begin is None and w.k_at is not None:
+        # only emptiness and who comes first count: the kernel looks at that in every block, and the host waits for no numbers
+        host = None, anywhere(n_keys), None
+    else:
+        host = [None if x is None else ops.known(x) for x in w[2:]]
     sides = (w.q_first, n), (w.k_first, n_keys)
     data = (x if x is None else (x.shape, written(x)) for x in host)
     reach = call.reach() if kind == "near" else None
     key = kind, size, rule, sides, *data, B, H, K, q.device, call.always, call.opening, reach
     make = lambda: listed(kind, found(host, sides, size, rule, B, H, K, call.always, call.opening, reach), K, q.device)
     return recent.get(key, make)
+
+
+@functools.cache
+def anywhere(n):
+    """Positions [1, 1, n] of keys none of whose blocks is known to be seen as a whole, or not at all."""
+    return -(np.arange(n)[None, None] % 2)
 
 
 def written(x):

@@ -240,7 +240,7 @@ def read(memory, seed, a):
     shutil.rmtree(out, ignore_errors=True)
     flags = {"model": folder, "init": folder / "config.json", "out": out, "memory": memory, "seed": seed, "segment": a.text_segment}
     flags |= {"length": length, "batch": a.text_rows, "micro": a.text_rows, "steps": a.text_steps, "warmup": a.text_steps // 10}
-    flags |= {"lr": a.text_lr, "valid-rows": max(1, a.read // length), "eval-every": a.text_steps, "keep": 1}
+    flags |= {"lr": a.text_lr, "valid-rows": max(1, a.read // length), "eval-every": max(1, a.text_steps // 4), "keep": 1}
     flags |= {k: getattr(a, k) for k in ("backend", "device", "dtype") if getattr(a, k)}
     files = [x for k in ("data", "valid") if getattr(a, k) for x in (f"--{k}", *getattr(a, k))]
     if status := train.main([x for k, v in flags.items() for x in (f"--{k}", str(v))] + [*files, "--no-checkpoint"]):
