@@ -154,6 +154,7 @@ class Segment(NamedTuple):
     close: bool  # the segment ends with this call: forget, compress, summarise now
     vectors: int = 0  # so many of the tokens, at the end, are vectors of the model's own (memory._around.Around)
     reading: bool = False  # all are, and they are read before the segments to come
+    last: int | None = None  # of the layer's output the last so many tokens are wanted; None: all
 
     def queries(self, q):
         """This segment's queries [B, H, T, D], as attend() takes them."""
@@ -162,6 +163,10 @@ class Segment(NamedTuple):
     def keys(self, k, pos=None):
         """Keys [B, K, n, D] as attend() takes them, at this segment's positions or at others, [B, 1 or K, n]."""
         return self.position.keys(k, self.turn if pos is None else self.position.again(pos, self.turn))
+
+    def wanted(self, x, axis=1):
+        """x without those of the tokens, along an axis, whose output nobody wants."""
+        return x if self.last is None else x[(slice(None),) * axis + (slice(-self.last, None),)]
 
 
 class Attention(Module):
@@ -241,7 +246,7 @@ class Block(Module):
 
     def forward(self, x, seg, s):
         y, s = self.self_attn(self.input_layernorm(x), seg, s)
-        x = x + y
+        x = seg.wanted(x + y)
         x = x + tiled(lambda x, norm, mlp: mlp(norm(x)), self.tile, [x], self.post_attention_layernorm, self.mlp)
         return self.self_attn.memory.leave(self, x, seg, s)
 
@@ -293,8 +298,8 @@ class Decoder(Module):
             attn.rule = attn.asked if training else attn.asked.each(aside)
             attn.memory.learning = training
 
-    def forward(self, x, at, begin, close, states, vectors=0, reading=False, workers=None):
-        """x [B, T, C] -> [B, T, C] and the layers' new states. workers: what works each block in its forward()'s place, a module that
+    def forward(self, x, at, begin, close, states, vectors=0, reading=False, workers=None, last=None):
+        """x [B, T, C] -> [B, T, C] and the layers' new states. last: [B, last, C], of the last tokens only. workers: what works each block in its forward()'s place, a module that
         is given the block last."""
         turns, after = {}, []
         for p in self.positions:
@@ -303,7 +308,11 @@ class Decoder(Module):
         segments = [Segment(at, begin, p, turns[p.felt], p.bias(), close, vectors, reading) for p in self.positions]
         works = [(block,) for block in self.layers] if workers is None else zip(workers, self.layers)
         # one after the other: who hands over the states may let each go when it is asked for
-        layers = zip(works, (segments[i] for i in self.feels), states)
+        segments = [segments[i] for i in self.feels]
+        if last is not None and last < x.shape[1]:
+            # all tokens are in the states; what would be above them goes nowhere
+            segments[-1] = segments[-1]._replace(last=last)
+        layers = zip(works, segments, states)
         while some := list(itertools.islice(layers, self.together)):
             then = [s.pop("then", None) for *_, s in some]
             ((work, *block), seg, s), *more = some
@@ -401,15 +410,16 @@ class Llama(Module):
         at = Places(pos, int(state["next"]) if isinstance(state["next"], int) and not padded else None)
         x = self.model.embed_tokens(ops.where(tokens < 0, 0, tokens) if padded else tokens)
         x = x if self.dtype is None else ops.cast(x, self.dtype)
-        x, state = self.read(x, at, None if begin is None else begin[:, None], count, close and not alone, state)
+        x, state = self.read(x, at, None if begin is None else begin[:, None], count, close and not alone, state, last)
         y = self.run(self.head, x if last is None else x[:, -last:]) if targets is None else self.losses(x, targets)
         return y if alone else (y, state)
 
-    def read(self, x, at, begin, count, close, state):
-        """All layers over x [B, T, C] -> [B, T, C] and the new state. count: how many tokens they are, an int or [B]."""
+    def read(self, x, at, begin, count, close, state, last=None):
+        """All layers over x [B, T, C] -> [B, T, C] and the new state. count: how many tokens they are, an int or [B]. last: of so many
+        tokens at least the output is wanted; None: of all."""
         if self.around is not None:
             return self.around.round(self.model, x, at, begin, count, close, state)
-        x, layers = self.model(x, at, begin, close, state["layers"])
+        x, layers = self.model(x, at, begin, close, state["layers"], last=last)
         return x, {**state, "next": state["next"] + count, "layers": layers}
 
     def number(self, tokens, start, padded):

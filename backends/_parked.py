@@ -10,6 +10,7 @@ import mmap
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -131,9 +132,25 @@ def on_disk(n):
 
 
 def available():
-    """Bytes of the host's memory that are free."""
+    """Bytes of the host's memory that are free, by what the machine says and by what this process's group may have of it."""
     try:
         with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return min([free, *(room for folder, *names in GROUPS if (room := allowed(Path(folder), *names)) is not None)])
+
+
+GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+
+
+def allowed(folder, most, now):
+    """Bytes that a control group still has, or None if there is none, or no limit. Files' contents that are kept count as free."""
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int((folder / most).read_text()) - int((folder / now).read_text()) + int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return None

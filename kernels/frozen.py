@@ -235,6 +235,7 @@ def forward(block, halves, x, seg, s):
     del q
     if seg.close:
         s = memory.close(attn, seg, s)
+    x, y = seg.wanted(x), seg.wanted(y, 2)
     x = Rear.apply(x, y, block.post_attention_layernorm, o, gu, down, *o.trained(), *gu.trained(), *down.trained())
     return memory.leave(block, x, seg, s)
 

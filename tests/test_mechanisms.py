@@ -8,6 +8,7 @@ import kernels
 import ops
 import plugins
 from memory import base
+from model import MLP
 
 T = 24
 ATTN, POS, MEMORY = ([small(folder, name) for name in plugins.names(folder)] for folder in ("attention", "positions", "memory"))
@@ -341,3 +342,21 @@ def test_forgetting_agrees_with_the_specification(memory, monkeypatch):
     got = run(model, tokens, segments)
     monkeypatch.setattr(kernels, "ENGINE", "dense")
     assert apart(got, run(model, tokens, segments)) < 1e-4
+
+
+# ---------------------------------------------------------------- logits that nobody wants are not made
+
+
+@every("memory", MEMORY)
+def test_the_last_logits_alone(memory, monkeypatch):
+    """They and the state are the same, and the last block's MLP has seen no others, unless the model has vectors among its tokens."""
+    model, tokens = tiny(memory=memory), ops.array(text(T, 2))
+    whole_, after = model(tokens[:, :8], model.start(8, T))
+    logits, after_ = model(tokens[:, :8], model.start(8, T), last=3)
+    assert logits.shape[1] == 3 and apart(ops.numpy(logits), ops.numpy(whole_[:, -3:])) < 1e-5
+    want, _ = model(tokens[:, 8:16], after)
+    mlp, last, seen = MLP.forward, model.model.layers[-1].mlp, []
+    monkeypatch.setattr(MLP, "forward", lambda self, x: (self is last and seen.append(x.shape[1])) or mlp(self, x))
+    got, _ = model(tokens[:, 8:16], after_, last=1)
+    assert apart(ops.numpy(got), ops.numpy(want[:, -1:])) < 1e-5
+    assert seen == [1] or model.around is not None and max(seen) >= 8

@@ -233,6 +233,22 @@ def test_what_waits_for_the_backward_pass_is_parked(monkeypatch):
     assert moved == [("away", 1), ("away", 0), "fetch", "back", "fetch", "back"], "4 segments, 3 boundaries, the last one here"
 
 
+def test_a_control_groups_memory_is_what_is_there(tmp_path):
+    """Bytes of the host's memory that may wait: in a container not what the whole machine has."""
+    if ops.BACKEND != "torch":
+        pytest.skip("torch's own")
+    from backends import _parked
+
+    names = "memory.max", "memory.current"
+    assert _parked.allowed(tmp_path, *names) is None and 0 < _parked.available() < 1 << 50
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 300\n")
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _parked.allowed(tmp_path, *names) is None
+    (tmp_path / "memory.max").write_text("9000\n")
+    assert _parked.allowed(tmp_path, *names) == 9000 - 5000 + 300
+
+
 def arrays_of(tree):
     found = []
     ops.tree_map(found.append, tree)

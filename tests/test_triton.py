@@ -16,6 +16,7 @@ if not kernels.TRITON:
 
 import torch
 
+from backends import torch_
 from kernels import plan, triton_
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -132,6 +133,17 @@ def test_scattered_keys(rule, dtype, D):
     arrays = inputs(B, H, K, T, N, D, dtype)
     agree(dtype, arrays, places(q_at), places(k_at), placed(rule, H, K))
     agree(dtype, arrays, places(q_at), places(k_at), placed(rule, H, K), begin, always=3, opening=5)
+
+
+def test_where_everything_may_be_seen_the_host_waits_for_no_positions(monkeypatch):
+    arrays, read = inputs(2, 2, 1, 70, 90, 16, "float32"), []
+    monkeypatch.setattr(torch_, "_read", read)
+    k_at = np.where(np.arange(90) % 7 == 3, -1, np.arange(90)[::-1])
+    at = row(70, 40), places(np.stack([k_at, k_at[::-1]])[:, None])
+    agree("float32", arrays, *at, placed("full", 2, 1), bias=Bias(slope=torch.tensor([0.5, 0.01], device=ops.device())))
+    assert not read
+    agree("float32", arrays, *at, placed("window:window=9", 2, 1))
+    assert read, "or this test is blind"
 
 
 @every_kind
