@@ -392,13 +392,16 @@ def grouped(r):
 
 
 def table(r):
-    """The README's table: accuracy at some distances, the mean of the seeds."""
+    """The README's table: accuracy at some distances, the mean of the seeds; what text came to on the way and at the end."""
     groups = grouped(r)
     tasks = [t for t in TASKS if any(t in g for g in groups.values())]
     farthest, beyond = (r["settings"][k] for k in ("farthest", "beyond"))
     shown = sorted({0, 1, min(2, farthest), farthest, beyond})
     head = ["`--memory`", *(f"{t}, {', '.join(map(str, shown))} back" for t in tasks)]
-    head += ["steps", "kept, KB"] * bool(tasks) + ["text, bits per byte", "kept, KB"] * any("text" in g for g in groups.values())
+    read = [row for g in groups.values() for row in g.get("text", [])]
+    n = min((len(way(row)) for row in read), default=0)
+    text = "text, bits per byte" + (f" after {', '.join(str(read[0]['steps'] * (i + 1) // n) for i in range(n))} steps" if n > 1 else "")
+    head += ["steps", "kept, KB"] * bool(tasks) + [text, "kept, KB"] * bool(read)
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     mean = lambda rows, d: np.mean([row["cells"][d]["accuracy"] for row in rows])
     for name, by_task in groups.items():
@@ -410,12 +413,17 @@ def table(r):
         if tasks:
             cells.append(", ".join(f"{np.mean([row['steps'] for row in rows]):.0f}" for rows in some))
             cells.append(", ".join(dict.fromkeys(f"{rows[0]['bytes'] / 1024:.1f}" for rows in some)))
-        if head[-2].startswith("text"):
+        if read:
             rows = by_task.get("text", [])
-            cells.append(" and ".join(f"{row['bits_per_byte']:.3f}" for row in rows))
+            cells.append(" and ".join(", ".join(f"{x:.3f}" for x in way(row)[-n:]) for row in rows))
             cells.append(f"{rows[0]['bytes'] / 1024:.1f}" if rows else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def way(row):
+    """Bits per byte of held-out text, each time that it was read while a model trained on text."""
+    return [x / math.log(2) for x in row["training"]["valid_loss"][1:]]
 
 
 def picture(r, path):
