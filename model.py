@@ -299,8 +299,8 @@ class Decoder(Module):
             attn.memory.learning = training
 
     def forward(self, x, at, begin, close, states, vectors=0, reading=False, workers=None, last=None):
-        """x [B, T, C] -> [B, T, C] and the layers' new states. last: [B, last, C], of the last tokens only. workers: what works each block in its forward()'s place, a module that
-        is given the block last."""
+        """x [B, T, C] -> [B, T, C] and the layers' new states. workers: what works each block in its forward()'s place, a module that
+        is given the block last. last: [B, last, C], of the last tokens only."""
         turns, after = {}, []
         for p in self.positions:
             if p.felt not in turns:

@@ -95,14 +95,18 @@ def plan(m, a, how):
     stacked = how.fused and not m.size(DORA) and all(".lora_" in n or ".memory." in n for n in m.trains)
     fused = stacked and not a.mlp_tile and a.head_groups == 1
     mine, frozen = m.size("", trained=True), m.size("", trained=False)
-    away = lambda flag: flag and how.gpu
+    # MLX has one memory
+    away = lambda flag: flag and how.gpu and not how.mlx
 
     # under --base-bits matrices are codes with a scale and a least number for each 64, and one layer's are there as numbers
     bits, matrices = getattr(c, "base_bits", 16), m.size("_proj.weight", trained=False)
     coded = matrices * (act - bits / 8 - 2 * act / 64) - act * matrices / L if bits < 16 else 0
     weights = 4 * mine + act * (frozen + (beside(m) if stacked else 0)) - int(coded)
+    # of an embedding that is nothing else rows are read in the host's memory
+    embedding = act * m.size("embed_tokens.", trained=False) * bool(away(a.embedding_offload) and m.size("lm_head."))
+    weights -= embedding
     adam = max((8 * math.prod(m.shapes[n]) for n in m.trains), default=0) if away(a.optimizer_offload) else 8 * mine
-    host = {"optimizer": 8 * mine if away(a.optimizer_offload) else 0}
+    host = {"optimizer": 8 * mine if away(a.optimizer_offload) else 0, "embedding": embedding}
     resting = {"weights": weights, "optimizer": 0 if away(a.optimizer_offload) else adam, "kernels": KERNELS if how.gpu else 0}
 
     # a state holds keys and values; the one at work is there, and so is its gradient, which MLX multiplies in float32
@@ -279,6 +283,7 @@ SAVERS = {
     "--offload": lambda a: {"offload": True} if a.segment else {},
     "--checkpoint-offload": lambda a: {"checkpoint_offload": True} if a.checkpoint else {},
     "--optimizer-offload": lambda a: {"optimizer_offload": True},
+    "--embedding-offload": lambda a: {"embedding_offload": True},
     "--adapter lora": lambda a: {"adapter": "lora"} if a.adapter == "full" and not a.init else {},
     "--base-bits 4": lambda a: {"base_bits": 4} if getattr(a, "base_bits", 4) != 4 and a.adapter != "full" else {},
 }

@@ -51,13 +51,14 @@ DEFAULTS = {
 }
 COMMON = {"micro": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "keep": 2, "offload": False}
 COMMON |= {"loss_chunk": 2048, "upsample": 1, "rewarm": 0, "checkpoint_offload": False, "optimizer_offload": False}
+COMMON |= {"embedding_offload": False}
 COMMON |= {"memory_plan": False, "head_groups": 1}
 UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "adapter", "device", "dtype", "segment", "bptt", "lr", "min_lr")
 UNSET += ("base_bits", "eval_every", "save_every", "out", "mlp_tile", "curriculum", "stages", "segment_least")
 POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk", "upsample")
 # what a resumed run may change: nothing that moves its losses
 FREE = {"device", "eval_every", "save_every", "keep", "resume", "offload", "loss_chunk", "mlp_tile", "head_groups"}
-FREE |= {"checkpoint", "checkpoint_offload", "optimizer_offload", "memory_plan"}
+FREE |= {"checkpoint", "checkpoint_offload", "optimizer_offload", "embedding_offload", "memory_plan"}
 
 
 # tokenised texts, used again by every run
@@ -120,6 +121,11 @@ def parse(argv=None):
         "--checkpoint-offload", action=argparse.BooleanOptionalAction, help="what recomputing starts from waits in the host's memory"
     )
     p.add_argument("--optimizer-offload", action=argparse.BooleanOptionalAction, help="AdamW's averages wait in the host's memory")
+    p.add_argument(
+        "--embedding-offload",
+        action=argparse.BooleanOptionalAction,
+        help="a frozen embedding waits in the host's memory, its rows being read there",
+    )
     p.add_argument("--loss-chunk", type=cli.whole, metavar="TOKENS", help="logits of so many tokens exist at once (default 2048)")
     p.add_argument(
         "--mlp-tile", type=cli.whole, metavar="TOKENS", help="an MLP takes so many tokens at once: less memory, a third forward of it"
@@ -391,6 +397,8 @@ def prepare(model, a):
     ops.freeze(model, still.keys() | observed)
     model.model.patterns(training=True)
     settle = frozen.use(model)
+    if a.embedding_offload:
+        frozen.send_away(model)
     if replays(model, a):
         model.replays = replayed.Replays(model, a.segment * a.micro, settle)
     # read now: a checkpoint that is read lazily may be pruned before its first use

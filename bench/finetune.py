@@ -6,10 +6,10 @@
     NANOLONG_BACKEND=mlx python bench/finetune.py --shape 1b --case attn=longformer:window=1024,n_global=64,length=100k,segment=1k
 
 A case is made of fields: name, attn, pos, memory, adapter, dtype, length, batch, segment, base_bits, bptt, loss_chunk, mlp_tile,
-head_groups, repeat, warm with a value; checkpoint (of so many blocks at once, or 1) and offload alone. Not given, the memory is the one
-that keeps what the pattern sees. Weights are random, the same in all cases, and wide enough that attention matters; tokens are random.
-After a short row that compiles kernels (warm: one of so many tokens) one step is timed, optimizer included, of rows up to 32K the median
-of three. The learning rate is 0, so that every step sees the same weights.
+head_groups, repeat, warm with a value; checkpoint (of so many blocks at once, or 1), offload and embedding_offload alone. Not given, the
+memory is the one that keeps what the pattern sees. Weights are random, the same in all cases, and wide enough that attention matters;
+tokens are random. After a short row that compiles kernels (warm: one of so many tokens) one step is timed, optimizer included, of rows up
+to 32K the median of three. The learning rate is 0, so that every step sees the same weights.
 
     peer      transformers' model with peft's LoRA, checkpointing and the framework's fused attention, cuDNN's where it is there
     plain     blocks as model.py has them, without kernels/frozen.py
@@ -42,7 +42,7 @@ from errors import Refused
 
 WORDS = ("name", "attn", "pos", "memory", "adapter", "engine", "dtype")
 NUMBERS = ("length", "segment", "base_bits", "loss_chunk", "mlp_tile", "head_groups", "repeat", "hopper", "replay", "batch", "warm")
-FLAGS = ("checkpoint", "offload", "peer", "plain", "profile")
+FLAGS = ("checkpoint", "offload", "embedding_offload", "peer", "plain", "profile")
 DEFAULT = {
     **dict.fromkeys(WORDS + NUMBERS),
     **dict.fromkeys(FLAGS, False),
@@ -146,6 +146,7 @@ def ours(c, shape, drawn):
         new = Coded(new, c.base_bits, getattr(ops, c.dtype or drawn)) if name in model.coded else new
         ops.set_parameters(model, {name: new})
     savers = {"checkpoint": c.checkpoint, "checkpoint_offload": False, "loss_chunk": c.loss_chunk, "mlp_tile": c.mlp_tile}
+    savers |= {"embedding_offload": c.embedding_offload}
     savers |= {"segment": None if c.replay == 0 else c.segment, "micro": c.batch, "head_groups": c.head_groups or 1}
     train.prepare(model, SimpleNamespace(dtype=c.dtype or drawn, **savers))
     if c.plain:

@@ -42,7 +42,14 @@ CASES = {
     "tiny lora, segments": ("tiny", 6, {**LORA, **SMALL}, {"length": 4096, "segment": 1024, "loss_chunk": 256}),
 }  # fmt: skip
 DEFAULT = {"micro": 1, "rows": 1, "segment": None, "bptt": "all", "dtype": None, "checkpoint": 0, "checkpoint_offload": False}
-DEFAULT |= {"offload": False, "optimizer_offload": False, "loss_chunk": 2048, "mlp_tile": None, "head_groups": 1}
+DEFAULT |= {
+    "embedding_offload": False,
+    "offload": False,
+    "optimizer_offload": False,
+    "loss_chunk": 2048,
+    "mlp_tile": None,
+    "head_groups": 1,
+}
 
 
 def measured(shape, layers, mechanisms, given):

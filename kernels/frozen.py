@@ -20,6 +20,7 @@ This stands above model.py, whose classes it knows, and is chosen in train.py al
 import functools
 
 import ops
+from errors import Refused
 from kernels import ENGINE, TRITON
 from memory.base import Memory
 from model import MLP, Attention, Block
@@ -54,6 +55,22 @@ def settle(stacks, rooms):
 
 
 PRODUCTS = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+
+
+def send_away(model):
+    """Let a frozen embedding wait in the host's memory: of its matrix a step reads the rows of its tokens, and a kernel fetches these.
+    Where host and device have one memory nothing changes. Raises Refused where the device needs all of it."""
+    embedding = model.model.embed_tokens
+    if not ops.on_gpu() or ops.BACKEND == "mlx":
+        return
+    if embedding.weight.requires_grad or model.readout is embedding or not TRITON:
+        why = "it trains" if embedding.weight.requires_grad else "the head is the same matrix" if TRITON else "that needs Triton"
+        raise Refused(f"--embedding-offload is not possible, since {why}: leave it out")
+    ops.set_parameters(
+        embedding,
+        {"weight": torch.empty_like(embedding.weight, device="cpu", pin_memory=torch.cuda.is_available()).copy_(embedding.weight)},
+    )
+    embedding.forward = functools.partial(fused.rows, embedding.weight)
 
 
 # ---------------------------------------------------------------- what may be written anew

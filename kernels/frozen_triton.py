@@ -104,6 +104,15 @@ def dequantise_kernel(
         tl.store(OUT + i * wide + N + c, b * s, mask=c < beside)
 
 
+@triton.jit
+def rows_kernel(W, ROW, Y, C: tl.constexpr, CP: tl.constexpr):
+    """Y = W[ROW]. W may lie in the host's memory, page-locked: then a row comes from there as it is read."""
+    i = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, CP)
+    row = tl.load(ROW + i).to(tl.int64)
+    tl.store(Y + i * C + c, tl.load(W + row * C + c, mask=c < C, other=0.0), mask=c < C)
+
+
 def can(x):
     """Is x where the kernels run?"""
     return x.is_cuda or INTERPRETED
@@ -121,6 +130,13 @@ def dequantise(w, out, b=None, s=1.0, at=0):
         n_in, w.group, w.bits, block, triton.next_power_of_2(max(1, beside)),
     )  # fmt: skip
     return out
+
+
+def rows(w, i):
+    """Rows of w [n, C] by their numbers i [...] -> [..., C], where i is."""
+    y = torch.empty(*i.shape, w.shape[1], dtype=w.dtype, device=i.device)
+    rows_kernel[(i.numel(),)](w, i.contiguous(), y, w.shape[1], triton.next_power_of_2(w.shape[1]))
+    return y
 
 
 def norm(x, gain, eps, beside=0):

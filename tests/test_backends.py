@@ -99,6 +99,7 @@ for way, (checkpoint, chunk, tile, groups, segment, bptt) in ways.items():
     memory = "sinks:budget=11,sinks=2,kv_positions=absolute" if segment else "full"
     model = moved(fresh(adapter="lora:rank=4", attn="longformer:window=9,n_global=2", memory=memory))
     how = {"segment": None, "micro": 1, "checkpoint": checkpoint, "checkpoint_offload": False, "loss_chunk": chunk, "mlp_tile": tile}
+    how |= {"embedding_offload": False}
     train.prepare(model, SimpleNamespace(dtype="float32", head_groups=groups, **how))
     if segment:
         losses, grads = segments.accumulate(model, segments.cut(batch, segment), train.nats, {}, bptt)

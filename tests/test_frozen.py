@@ -8,6 +8,7 @@ from test_adapters import fresh, moved, trained
 import data
 import kernels
 import ops
+from errors import Refused
 
 if not kernels.TRITON:
     pytest.skip("needs Triton, and CUDA or TRITON_INTERPRET=1", allow_module_level=True)
@@ -142,3 +143,18 @@ def test_codes_become_numbers(bits, n_in, beside):
         room = np.zeros((5, beside), "float32")
         room[:, 4:7] = 2 * ops.numpy(b)
         np.testing.assert_array_equal(ops.numpy(out[:, n_in:]), room)
+
+
+def test_an_embedding_may_wait_in_the_hosts_memory(monkeypatch):
+    plain, away = ready("lora", tie_word_embeddings=False), ready("lora", tie_word_embeddings=False)
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    read, rows = [], frozen_triton.rows
+    monkeypatch.setattr(frozen_triton, "rows", lambda w, i: read.append(i.shape) or rows(w, i))
+    frozen.send_away(away)
+    embedding = away.model.embed_tokens.weight
+    assert not embedding.is_cuda and ops.parameters(away)["model.embed_tokens.weight"] is embedding and not embedding.requires_grad
+    same(step(away), step(plain))
+    assert read
+    for adapter, tied, why in (("longlora", False, "it trains"), ("lora", True, "the head is the same matrix")):
+        with pytest.raises(Refused, match=f"--embedding-offload is not possible, since {why}"):
+            frozen.send_away(ready(adapter, tie_word_embeddings=tied))

@@ -359,4 +359,4 @@ def test_the_last_logits_alone(memory, monkeypatch):
     monkeypatch.setattr(MLP, "forward", lambda self, x: (self is last and seen.append(x.shape[1])) or mlp(self, x))
     got, _ = model(tokens[:, 8:16], after_, last=1)
     assert apart(ops.numpy(got), ops.numpy(want[:, -1:])) < 1e-5
-    assert seen == [1] or model.around is not None and max(seen) >= 8
+    assert seen == [1] or (model.around is not None and max(seen) >= 8)

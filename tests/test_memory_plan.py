@@ -17,7 +17,14 @@ train.use_backend(None)
 SHAPE = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPE |= {"num_hidden_layers": 4, "tie_word_embeddings": True}
 DEFAULT = {"micro": 1, "batch": 1, "length": 1024, "segment": None, "bptt": "all", "dtype": "float32", "checkpoint": 0, "offload": False}
-DEFAULT |= {"checkpoint_offload": False, "optimizer_offload": False, "loss_chunk": 256, "mlp_tile": None, "head_groups": 1}
+DEFAULT |= {
+    "embedding_offload": False,
+    "checkpoint_offload": False,
+    "optimizer_offload": False,
+    "loss_chunk": 256,
+    "mlp_tile": None,
+    "head_groups": 1,
+}
 SEGMENTS = {"attn": "window:window=65", "memory": "window:budget=64", "segment": 256}
 WAYS = {
     "full": {},
@@ -125,6 +132,18 @@ def test_every_way_has_a_plan(adapter):
                 p = plan.plan(m, a, how)
                 assert all(type(n) is int and n >= 0 for of in (*p.moments.values(), p.host) for n in of.values()), (a, how)
                 assert p.moments["optimizer"]["weights"] >= least == p.moments["optimizer"]["gradients"] and p.table() and p.line()
+
+
+@pytest.mark.parametrize("adapter, tied", [("lora", False), ("lora", True), ("longlora", False)])
+def test_a_frozen_embedding_may_be_the_hosts(adapter, tied):
+    """All of it, where nothing else needs it."""
+    with ops.shapes_only():
+        m = train.sizes_of(Llama(Config(**SHAPE | {"tie_word_embeddings": tied}, adapter=adapter)))
+    here, away = (
+        plan.plan(m, SimpleNamespace(**DEFAULT | {"embedding_offload": x}), plan.How(2, gpu=True, fused=True)) for x in (False, True)
+    )
+    less = 0 if tied or adapter == "longlora" else 2 * 1024 * 128
+    assert here.peak - away.peak == less == away.host.get("embedding", 0) and "embedding" not in here.host
 
 
 def test_it_is_printed_and_nothing_is_loaded(world, tmp_path, monkeypatch, capsys):  # noqa: F811

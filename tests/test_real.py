@@ -129,7 +129,15 @@ def tuned(folder, bits, steps):
     """(loss, norm of the gradient) of steps of LoRA over 64 tokens, the base held in so many bits."""
     train.use_backend(None)
     model, _ = load(folder, adapter="lora", base_bits=bits, dtype="float32", device="cpu")
-    how = {"segment": None, "micro": 1, "checkpoint": 0, "checkpoint_offload": False, "loss_chunk": None, "mlp_tile": None}
+    how = {
+        "segment": None,
+        "micro": 1,
+        "checkpoint": 0,
+        "checkpoint_offload": False,
+        "embedding_offload": False,
+        "loss_chunk": None,
+        "mlp_tile": None,
+    }
     train.prepare(model, SimpleNamespace(dtype="float32", head_groups=1, **how))
     tokens = passage(folder, 65)
     batch = data.Batch(tokens[:, :-1], tokens[:, 1:], tokens[:, 1:] * 0, [[]])
