@@ -1,11 +1,12 @@
 """rotate() of one position by MLX's own kernel, which is one launch where the plain lines are ten.
 
 It makes its angles itself, position / tokens a radian in float32, which is not exact at any distance. Position 1 at the right number of
-tokens a radian is. Where the host knows the position it reckons that number, which is nothing to wait for.
+tokens a radian is.
 """
 
+import functools
+
 import mlx.core as mx
-import numpy as np
 
 import ops
 
@@ -18,12 +19,14 @@ def can(pos):
 def prepared(at, per_turn):
     """The Places of one position, frequencies in 2^-32 turns -> all that rotate() needs of them, tokens a radian [P]: infinitely many
     where the angle is 0."""
-    if at.first is None or not isinstance(per_turn, tuple):
-        return (1 / ops.angles(at.at, per_turn).reshape(-1),)
-    # as ops.angles() does it
-    angle = (np.uint32(at.first) * np.array(per_turn, np.uint32)).astype(np.float32) * np.float32(6.283185307179586 / 2**32)
-    with np.errstate(divide="ignore"):
-        return (mx.array(1 / angle),)
+    pos = at.at if at.first is None else mx.array(at.first)
+    return (per_radian(per_turn)(pos.reshape(1)),)
+
+
+@functools.cache
+def per_radian(per_turn):
+    """The same as a function of a position [1], which is one launch too."""
+    return mx.compile(lambda pos: (1 / ops.angles(pos, per_turn)).reshape(-1))
 
 
 def rotate(x, per_radian):

@@ -6,6 +6,8 @@ What a memory does stays as it is written, and so does a block whose attention, 
 the first call: a session's do not change.
 """
 
+import functools
+
 import mlx.core as mx
 
 import ops
@@ -84,28 +86,40 @@ def written(block):
     attn, mlp = block.self_attn, block.mlp
     q, k, v, o = map(row_times, (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
     gate, up, down = map(row_times, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    norm, norm_behind, D = row_norm(block.input_layernorm), row_norm(block.post_attention_layernorm), attn.D
 
     def before(x):
         """A token's queries, keys and values, [1, heads, 1, D]."""
-        x = block.input_layernorm(x)
-        return [f(x).reshape(1, -1, 1, attn.D) for f in (q, k, v)]
+        x = norm(x)
+        return q(x).reshape(1, -1, 1, D), k(x).reshape(1, -1, 1, D), v(x).reshape(1, -1, 1, D)
 
     def behind(x, y):
         """The output of attention y [1, H, 1, D], and the block's second half."""
         x = x + o(y.reshape(1, -1))
-        row = block.post_attention_layernorm(x)
-        return x + down(ops.silu(gate(row)) * up(row))
+        row = norm_behind(x)
+        return x + down(gated(gate(row), up(row)))
 
-    return mx.compile(before), Given(attn), mx.compile(behind)
+    return before, Given(attn), behind
+
+
+@functools.partial(mx.compile, shapeless=True)
+def gated(gate, up):
+    return ops.silu(gate) * up
 
 
 def row_times(linear):
-    """A Linear as a function of a row, its matrix turned once: the same numbers, seen from the other side."""
+    """A Linear as a function of a row; a bare matrix is turned once: the same numbers, seen from the other side."""
     if type(linear) is not ops.Linear or not ops.is_array(linear.weight) or "bias" in linear:
         return linear
     w = linear.weight.T
     ops.wait(w)
-    return lambda x: x @ w.astype(x.dtype)
+    return lambda x: x @ (w if w.dtype == x.dtype else w.astype(x.dtype))
+
+
+def row_norm(norm):
+    """An RMSNorm, its weight at hand."""
+    w, eps = norm.weight, norm.eps
+    return lambda x: mx.fast.rms_norm(x, w.astype(x.dtype), eps)
 
 
 def stock(block):
