@@ -1,9 +1,9 @@
 """All blocks for one token of one text on MLX, where the device waits for the host: every array that need not be written down is time.
 
-This stands above model.py like kernels/step.py, which chooses it. What stands between two attentions is written down once, and each token
-adds it to what is to be done in one call. A token is a row there, and its heads are columns of it: nothing is turned, weights least of all.
-What a memory does stays as it is written, and so does a block whose attention, memory or MLP have ways of their own. Weights are those of
-the first call: a session's do not change.
+This stands above model.py like kernels/step.py, which chooses it. A token is a row here, and its heads are its columns: no array is turned,
+and a weight once. Where the host knows that a memory only puts a key and a value behind the others, that is all that is
+done; what else a memory does stays as it is written, and so does a block whose attention, memory or MLP have ways of their own. Weights
+are those of the first call: a session's do not change.
 """
 
 import functools
@@ -108,7 +108,7 @@ def gated(gate, up):
 
 
 def row_times(linear):
-    """A Linear as a function of a row; a bare matrix is turned once: the same numbers, seen from the other side."""
+    """A Linear as a function of a row; a bare matrix is turned once, which is another view of the same numbers."""
     if type(linear) is not ops.Linear or not ops.is_array(linear.weight) or "bias" in linear:
         return linear
     w = linear.weight.T
