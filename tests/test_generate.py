@@ -13,6 +13,14 @@ from errors import Refused
 from generate import Sampler, Session, Until, generate
 
 MEMORIES = ["full", "sinks:budget=20", "full/window:budget=16"]
+MODELS = [
+    {"attn": "full"},
+    {"attn": "window:window=9"},
+    {"pos": "alibi"},
+    {"pos": "dynamic:original=16"},
+    {"attention_bias": True, "mlp_bias": True},
+    {"adapter": "lora"},
+]
 
 
 class Letters:
@@ -67,9 +75,9 @@ def test_a_bounded_cache_stays_flat_far_past_its_budget():
 
 
 @pytest.mark.skipif(ops.BACKEND != "mlx", reason="MLX's steps")
-@pytest.mark.parametrize("memory", [*MEMORIES, "h2o:budget=20"])
-@pytest.mark.parametrize("attn", ["full", "window:window=9"])
-def test_mlx_s_steps_in_fewer_calls_write_the_same(monkeypatch, memory, attn):
+@pytest.mark.parametrize("memory", [*MEMORIES, "h2o:budget=20", "sinks:budget=20/h2o:budget=20"])
+@pytest.mark.parametrize("what", MODELS, ids=lambda what: "-".join(map(str, what.values())))
+def test_mlx_s_steps_in_fewer_calls_write_the_same(monkeypatch, memory, what):
     from kernels import step, step_mlx
 
     def written(fast):
@@ -79,7 +87,7 @@ def test_mlx_s_steps_in_fewer_calls_write_the_same(monkeypatch, memory, attn):
         with monkeypatch.context() as m:
             m.setattr(step_mlx, "step", kind)
             m.setattr(step, "written_call", lambda: step_mlx.fast_call() if fast else None)
-            session = Session(tiny(attn=attn, memory=memory), chunk=16, segment=8)
+            session = Session(tiny(memory=memory, **what), chunk=16, segment=8)
             out = [session.read(range(30), 20)] + [session.step(i) for i in range(20)]
             out += [session.read(range(5), 5)] + [session.step(i) for i in range(5)]
         return np.stack([ops.numpy(x) for x in out]), len(calls)
@@ -87,7 +95,7 @@ def test_mlx_s_steps_in_fewer_calls_write_the_same(monkeypatch, memory, attn):
     (want, never), (got, often) = written(False), written(True)
     assert np.abs(got - want).max() < 1e-4 * want.std() + 1e-5
     # two layers; who looks at attention's weights does so as it is written
-    assert (never, often) == (0, 0 if memory[0] == "h" else 2 * 25)
+    assert (never, often) == (0, 25 * (2 if "h2o" not in memory else memory.count("sinks")))
 
 
 def asked(session):
