@@ -20,11 +20,11 @@ def prepared(at, per_turn):
     """The Places of one position, frequencies in 2^-32 turns -> all that rotate() needs of them, tokens a radian [P]: infinitely many
     where the angle is 0."""
     pos = at.at if at.first is None else mx.array(at.first)
-    return (per_radian(per_turn)(pos.reshape(1)),)
+    return (by_position(per_turn)(pos.reshape(1)),)
 
 
 @functools.cache
-def per_radian(per_turn):
+def by_position(per_turn):
     """The same as a function of a position [1], which is one launch too."""
     return mx.compile(lambda pos: (1 / ops.angles(pos, per_turn)).reshape(-1))
 
