@@ -37,13 +37,13 @@ def fast_call():
         if f is not through or x.shape[0] * x.shape[1] != 1:
             return f(x, *rest)
         row, after = x.reshape(1, -1), []
-        for (block,), seg, s in rest[0]:
-            if id(block) not in made:
-                made[id(block)] = written(block) if stock(block) else None
-            if made[id(block)]:
-                row, s = step(block, *made[id(block)], row, seg, s)
+        for (work, *given), seg, s in rest[0]:
+            if id(work) not in made:
+                made[id(work)] = written(work) if stock(work) else None
+            if made[id(work)]:
+                row, s = step(work, *made[id(work)], row, seg, s)
             else:
-                x, s = block(row[None], seg, s)
+                x, s = work(row[None], seg, s, *given)
                 row = x.reshape(1, -1)
             after.append(s)
         return row[None], *after
@@ -123,7 +123,8 @@ def row_norm(norm):
 
 
 def stock(block):
-    """Is this block what model.py has, with a memory that does what the base does but for what it forgets?"""
-    kinds = type(block), type(block.self_attn), type(block.mlp)
+    """Is this a block as model.py has it, with a memory that does what the base does but for what it forgets?"""
+    if type(block) is not Block or type(block.self_attn) is not Attention or type(block.mlp) is not MLP:
+        return False
     memory = type(block.self_attn.memory)
-    return kinds == (Block, Attention, MLP) and foresees(memory) and memory.pack is Memory.pack and memory.leave is Memory.leave
+    return foresees(memory) and memory.pack is Memory.pack and memory.leave is Memory.leave
