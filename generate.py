@@ -101,13 +101,16 @@ class Session:
         if not fast:
             return ops.eager(lambda x, state, close: model(x, state, close=close), self.state)
 
+        # a graph is made of blocks that are alike, what is written down each time of all of them
+        together = 1 if self.graph else len(self.memories)
+
         def step(x, state, close):
-            plain = model.run, model.model.run
-            model.run = model.model.run = fast
+            plain = model.run, model.model.run, model.model.together
+            model.run, model.model.run, model.model.together = fast, fast, together
             try:
                 return model(x, state, close=close)
             finally:
-                model.run, model.model.run = plain
+                model.run, model.model.run, model.model.together = plain
 
         if not self.graph:
             return ops.eager(step, self.state)

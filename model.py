@@ -427,6 +427,8 @@ class Llama(Module):
         B, T = tokens.shape
         # the device's own number, where it has one (kernels.replayed.Known)
         start = getattr(start, "there", start)
+        if T == 1 and isinstance(start, int) and not padded:
+            return ops.full((B, 1, 1), start, ops.int32, tokens), 1
         if not padded:
             pos = ops.arange(T, tokens)[None, None] + (start if isinstance(start, int) else ops.cast(start, ops.int32).reshape(-1, 1, 1))
             return ops.expand(pos, (B, 1, T)), T

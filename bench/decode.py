@@ -17,8 +17,11 @@ Peers, those that are installed and do the same:
 """
 
 import argparse
+import collections
 import functools
 import gc
+import io
+import re
 import time
 from importlib.util import find_spec
 
@@ -184,6 +187,34 @@ def mlx_lm(args, prompt, memory):
     return speeds(prompt, times[1] - times[0], args.write, times[-1] - times[-1 - args.write])
 
 
+def primitives(model, args, prompt, memory):
+    """What MLX is asked to do for one written token, by primitive: ours and mlx-lm's, the prompt being remembered."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    import plugins
+    from generate import Session
+
+    session, theirs = Session(model, args.chunk, args.segment), mlx_model(args.model, args.shape)
+    session.read(prompt, 4)
+    # the first one tells the room where it stands
+    session.step(1)
+    cache = make_prompt_cache(theirs, getattr(plugins.parse("memory", memory).options, "budget", None))
+    mx.eval(theirs(mx.array([prompt]), cache=cache), [c.state for c in cache])
+    token = mx.array([[1]])
+    return {"nanolong": counted(session.run.step(token, session.run.state, False)[0]), "mlx-lm": counted(theirs(token, cache=cache))}
+
+
+def counted(*arrays):
+    """The primitives that have to run before these are there: name -> how many, and all of them."""
+    import mlx.core as mx
+
+    dot = io.StringIO()
+    mx.export_to_dot(dot, *arrays)
+    found = collections.Counter(re.findall(r'label ="([^"]+)", shape=rectangle', dot.getvalue()))
+    return {"all": found.total(), **dict(sorted(found.items()))}
+
+
 def peer(name, args, prompt, memory):
     """A peer's cell, or the sentence that says why there is none."""
     package = {"mlx-lm": "mlx_lm"}.get(name, name)
@@ -207,6 +238,7 @@ def main():
     parser.add_argument("--device")
     parser.add_argument("--peers", nargs="*", choices=[*PEERS["torch"], *PEERS["mlx"]], help="default: those of the backend")
     parser.add_argument("--eager", action="store_true", help="also time our step without graph or compilation")
+    parser.add_argument("--count", action="store_true", help="MLX: also count what is asked for one token, ours and mlx-lm's")
     parser.add_argument("--name", default="decode")
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -232,6 +264,8 @@ def main():
             for name in peers:
                 if isinstance(row[name], dict):
                     row[f"times_{name}"] = {k: round(row["nanolong"][k] / x, 2) for k, x in row[name].items() if k != "kept"}
+            if args.count:
+                row["primitives"] = primitives(model, args, prompt, memory)
             result["rows"].append(row)
             cli.say(row)
             common.save(args.name, result, args.out, quiet=True)

@@ -16,11 +16,11 @@ def circle(pos, per_turn):
     return ops.cos(angle), ops.sin(angle)
 
 
-def prepared(pos, per_turn):
-    """circle(), or what rotate() takes in its place where a kernel wants something else of one position alone."""
-    if MLX and ENGINE == "auto" and rotate_mlx.can(pos):
-        return rotate_mlx.prepared(ops.angles(pos, per_turn))
-    return circle(pos, per_turn)
+def prepared(at, per_turn):
+    """circle() of Places, or what rotate() takes in its place where a kernel wants something else of one position alone."""
+    if MLX and ENGINE == "auto" and rotate_mlx.can(at.at):
+        return rotate_mlx.prepared(at, per_turn)
+    return circle(at.at, per_turn)
 
 
 def rotate(x, *turn):

@@ -4,6 +4,8 @@ It makes its angles itself, position / tokens a radian in float32, which is not 
 tokens a radian is.
 """
 
+import functools
+
 import mlx.core as mx
 
 import ops
@@ -14,9 +16,17 @@ def can(pos):
     return ops.on_gpu() and pos.size == 1
 
 
-def prepared(angle):
-    """Angles [1, 1, 1, P] -> all that rotate() needs of them, tokens a radian [P]: infinitely many where the angle is 0."""
-    return (1 / angle.reshape(-1),)
+def prepared(at, per_turn):
+    """The Places of one position, frequencies in 2^-32 turns -> all that rotate() needs of them, tokens a radian [P]: infinitely many
+    where the angle is 0."""
+    pos = at.at if at.first is None else mx.array(at.first)
+    return (by_position(per_turn)(pos.reshape(1)),)
+
+
+@functools.cache
+def by_position(per_turn):
+    """The same as a function of a position [1], which is one launch too."""
+    return mx.compile(lambda pos: (1 / ops.angles(pos, per_turn)).reshape(-1))
 
 
 def rotate(x, per_radian):

@@ -38,8 +38,8 @@ def fast_call():
 
 
 def written_call():
-    """The same for steps that are no graph, which MLX's are not on CUDA; None: as they are written."""
-    return step_mlx.fast_call() if MLX and ENGINE == "auto" and ops.on_gpu() else None
+    """A function (all blocks or head, *args) for steps that are no graph, which MLX's are on Metal alone; None: as they are written."""
+    return step_mlx.fast_call() if MLX and ENGINE == "auto" else None
 
 
 def step(block, x, seg, s, compiled):

@@ -90,7 +90,7 @@ class Rotary(Position):
 
     def turn(self, at, begin=None):
         """cos, sin [B, 1 or K, n, D/2] in float32, or what else kernels.rotate.prepared says."""
-        return prepared(at.at, self.per_turn)
+        return prepared(at, self.per_turn)
 
     def again(self, pos, turn):
         return circle(pos, self.per_turn)

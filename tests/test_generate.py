@@ -1,5 +1,7 @@
 """generate.py: sessions, sampling, stop strings, text that streams."""
 
+import io
+
 import numpy as np
 import pytest
 from conftest import small, tiny
@@ -11,6 +13,14 @@ from errors import Refused
 from generate import Sampler, Session, Until, generate
 
 MEMORIES = ["full", "sinks:budget=20", "full/window:budget=16"]
+MODELS = [
+    {"attn": "full"},
+    {"attn": "window:window=9"},
+    {"pos": "alibi"},
+    {"pos": "dynamic:original=16"},
+    {"attention_bias": True, "mlp_bias": True},
+    {"adapter": "lora"},
+]
 
 
 class Letters:
@@ -65,9 +75,9 @@ def test_a_bounded_cache_stays_flat_far_past_its_budget():
 
 
 @pytest.mark.skipif(ops.BACKEND != "mlx", reason="MLX's steps")
-@pytest.mark.parametrize("memory", [*MEMORIES, "h2o:budget=20"])
-@pytest.mark.parametrize("attn", ["full", "window:window=9"])
-def test_mlx_s_steps_in_fewer_calls_write_the_same(monkeypatch, memory, attn):
+@pytest.mark.parametrize("memory", [*MEMORIES, "h2o:budget=20", "sinks:budget=20/h2o:budget=20"])
+@pytest.mark.parametrize("what", MODELS, ids=lambda what: "-".join(map(str, what.values())))
+def test_mlx_s_steps_in_fewer_calls_write_the_same(monkeypatch, memory, what):
     from kernels import step, step_mlx
 
     def written(fast):
@@ -77,7 +87,7 @@ def test_mlx_s_steps_in_fewer_calls_write_the_same(monkeypatch, memory, attn):
         with monkeypatch.context() as m:
             m.setattr(step_mlx, "step", kind)
             m.setattr(step, "written_call", lambda: step_mlx.fast_call() if fast else None)
-            session = Session(tiny(attn=attn, memory=memory), chunk=16, segment=8)
+            session = Session(tiny(memory=memory, **what), chunk=16, segment=8)
             out = [session.read(range(30), 20)] + [session.step(i) for i in range(20)]
             out += [session.read(range(5), 5)] + [session.step(i) for i in range(5)]
         return np.stack([ops.numpy(x) for x in out]), len(calls)
@@ -85,7 +95,44 @@ def test_mlx_s_steps_in_fewer_calls_write_the_same(monkeypatch, memory, attn):
     (want, never), (got, often) = written(False), written(True)
     assert np.abs(got - want).max() < 1e-4 * want.std() + 1e-5
     # two layers; who looks at attention's weights does so as it is written
-    assert (never, often) == (0, 0 if memory[0] == "h" else 2 * 25)
+    assert (never, often) == (0, 25 * (2 if "h2o" not in memory else memory.count("sinks")))
+
+
+def asked(session):
+    """How many primitives MLX has to run for the session's next step."""
+    import mlx.core as mx
+
+    dot = io.StringIO()
+    mx.export_to_dot(dot, session.run.step(ops.array(np.array([[3]], "int32")), session.run.state, False)[0])
+    return dot.getvalue().count("shape=rectangle")
+
+
+@pytest.mark.skipif(ops.BACKEND != "mlx", reason="MLX's steps")
+@pytest.mark.parametrize("memory", ["full", "sinks:budget=20"])
+def test_mlx_s_step_asks_for_no_more_than_it_needs(monkeypatch, memory):
+    import mlx.core as mx
+
+    from kernels import rotate, step
+
+    # what is one kernel on a GPU: two norms, two rotations, attention (and one more that holds keys and values)
+    monkeypatch.setattr(mx.fast, "rms_norm", lambda x, w, eps: mx.erf(x))
+    monkeypatch.setattr(mx.fast, "rope", lambda x, *a, **k: mx.tan(x))
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda q, k, v, **_: mx.depends([mx.sinh(q)], [k, v])[0])
+    monkeypatch.setattr(rotate.rotate_mlx, "can", lambda pos: pos.size == 1)
+
+    def steps(layers):
+        session, found = Session(tiny(memory=memory, layers=layers), chunk=16, segment=8), []
+        session.read(range(30), 40)
+        for i in range(20):
+            session.step(i)
+            found.append(asked(session))
+        return found
+
+    two, three = steps(2), steps(3)
+    # and seven products, four reshapes, two new entries and two views of those in use, unless they are all there is, the gate, two sums
+    assert {b - a for a, b in zip(two, three)} == ({22, 24} if memory != "full" else {24}) and len(set(two[:5])) == 1
+    monkeypatch.setattr(step, "written_call", lambda: None)
+    assert steps(3)[0] - steps(2)[0] > 40, "as it is written, it is more"
 
 
 @pytest.mark.parametrize("memory, ahead", [("full", True), ("sinks:budget=20", True), ("window:budget=20", True), ("h2o:budget=20", False)])

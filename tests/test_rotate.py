@@ -66,8 +66,9 @@ def test_mlx_turns_one_position_exactly(pos, rest):
     x, at = draw(1, 3, 1, 16 + rest, 8, 1, 1, "float32")[0], ops.array(np.full((1, 1, 1), pos, "int32"))
     turns = pos * np.array(per_turn) % 2**32 / 2**32
     cos, sin = (ops.array(f(2 * np.pi * turns).reshape(1, 1, 1, 8).astype("float32")) for f in (np.cos, np.sin))
-    (found,) = rotate.rotate_mlx.prepared(ops.angles(at, per_turn))
-    np.testing.assert_allclose(ops.numpy(rotate.rotate(x, found)), exact(x, cos, sin), atol=1e-5)
+    for first in (None, pos):
+        (found,) = rotate.rotate_mlx.prepared(kernels.Places(at, first), tuple(per_turn))
+        np.testing.assert_allclose(ops.numpy(rotate.rotate(x, found)), exact(x, cos, sin), atol=1e-5)
     # counted from position 0 in float32, as the kernel would by itself
     naive = ops.numpy(rotate.rotate(x, (2**32 / (2 * np.pi) / pos / ops.array(np.array(per_turn, "float32")))) if pos else x)
     assert (abs(naive - exact(x, cos, sin)).max() > 1e-3) == (pos > 1 << 19), "that is not exact"
