@@ -36,6 +36,20 @@ def cut(batch, n, least=None, seed=0):
     return [batch._replace(**dict(zip(batch._fields, (x[:, i:j] for x in arrays)))) for i, j in pairwise(edges) if i < T]
 
 
+def documents(batch, n):
+    """A data.Batch of one row as the rows that it is made of, since documents know nothing of each other: each of n tokens or more is one
+    by itself, and those between stay together; what has no targets is left out. Of several rows: as it is. Loss and gradients are the same;
+    but the first segment of a long document has no past to keep it apart from, and none of its segments a `begin`."""
+    (t, u, b), T = batch[:3], batch.tokens.shape[1]
+    starts = np.flatnonzero(b[0, :T] == np.arange(T)).tolist()
+    if len(t) > 1 or len(starts) < 2:
+        return [batch]
+    alone = np.diff([*starts, T]) >= n
+    edges = [0, *(at for at, *either in zip(starts[1:], alone[1:], alone) if any(either)), T]
+    rows = [batch._replace(tokens=t[:, i:j], targets=u[:, i:j], begin=b[:, i:j] - i) for i, j in pairwise(edges)]
+    return [row for row in rows if (row.targets >= 0).any()] or rows[:1]
+
+
 def runs(pieces, bptt):
     """The pieces in lists, with a cut between one list and the next."""
     n = len(pieces) if bptt == "all" else bptt + 1

@@ -461,8 +461,9 @@ def train_step(model, optimizer, batch, micro, clip, lr, segment=None, bptt="all
         seed = zlib.crc32(part.tokens.tobytes())
         model.shake(seed)
         if segment:
-            out, grads = segments.accumulate(model, segments.cut(part, segment, least, seed), nats, grads, bptt, offload, total)
-            parts += out
+            for row in segments.documents(part, segment):
+                out, grads = segments.accumulate(model, segments.cut(row, segment, least, seed), nats, grads, bptt, offload, total)
+                parts += out
         else:
             out, grads = ops.accumulate(model, lambda part=part: loss_and_seen(model, part, total), grads)
             parts.append(out)
@@ -490,7 +491,8 @@ def evaluate(model, corpus, a):
     with ops.no_grad():
         rows = data.Batches(corpus, a.micro, a.length, shuffle=False).one_epoch(a.valid_rows)
         for batch in tqdm(rows, "validation", -(-a.valid_rows // a.micro), leave=False, dynamic_ncols=True):
-            lost += segments.total(model, segments.cut(batch, a.segment), nats) if a.segment else nats(model, batch).item()
+            rows = segments.documents(batch, a.segment) if a.segment else []
+            lost += sum(segments.total(model, segments.cut(row, a.segment), nats) for row in rows) if rows else nats(model, batch).item()
             tokens += int((batch.targets >= 0).sum())
     model.model.patterns(training=True)
     return lost / max(1, tokens)

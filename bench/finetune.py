@@ -6,10 +6,10 @@
     NANOLONG_BACKEND=mlx python bench/finetune.py --shape 1b --case attn=longformer:window=1024,n_global=64,length=100k,segment=1k
 
 A case is made of fields: name, attn, pos, memory, adapter, dtype, length, batch, segment, base_bits, bptt, loss_chunk, mlp_tile,
-head_groups, repeat, warm with a value; checkpoint (of so many blocks at once, or 1), offload and embedding_offload alone. Not given, the
-memory is the one that keeps what the pattern sees. Weights are random, the same in all cases, and wide enough that attention matters;
-tokens are random. After a short row that compiles kernels (warm: one of so many tokens) one step is timed, optimizer included, of rows up
-to 32K the median of three. The learning rate is 0, so that every step sees the same weights.
+head_groups, documents (in a row), repeat, warm with a value; checkpoint (of so many blocks at once, or 1), offload and
+embedding_offload alone. Not given, the memory is the one that keeps what the pattern sees. Weights are random, the same in all cases, and
+wide enough that attention matters; tokens are random. After a short row that compiles kernels (warm: one of so many tokens) one step is
+timed, optimizer included, of rows up to 32K the median of three. The learning rate is 0, so that every step sees the same weights.
 
     peer      transformers' model with peft's LoRA, checkpointing and the framework's fused attention, cuDNN's where it is there
     plain     blocks as model.py has them, without kernels/frozen.py
@@ -41,13 +41,15 @@ import plugins
 from errors import Refused
 
 WORDS = ("name", "attn", "pos", "memory", "adapter", "engine", "dtype")
-NUMBERS = ("length", "segment", "base_bits", "loss_chunk", "mlp_tile", "head_groups", "repeat", "hopper", "replay", "batch", "warm")
+NUMBERS = ("length", "segment", "base_bits", "loss_chunk", "mlp_tile", "head_groups", "documents")
+NUMBERS += ("repeat", "hopper", "replay", "batch", "warm")
 FLAGS = ("checkpoint", "offload", "embedding_offload", "peer", "plain", "profile")
 DEFAULT = {
     **dict.fromkeys(WORDS + NUMBERS),
     **dict.fromkeys(FLAGS, False),
     "bptt": None,
     "batch": 1,
+    "documents": 1,
     "attn": "full",
     "pos": "rope",
     "loss_chunk": 2048,
@@ -94,12 +96,16 @@ def one_memory(rule):
     return f"window:budget={max(1, getattr(o, reach) - 1)}" if reach else "full"
 
 
-def rows(batch, length, vocabulary):
+def rows(batch, length, vocabulary, documents=1):
     import data
 
     tokens = np.random.default_rng(0).integers(0, vocabulary, (batch, length)).astype("int32")
-    targets = np.concatenate([tokens[:, 1:], tokens[:, :1] * 0 - 1], 1)
-    return data.Batch(tokens, targets, tokens * 0, [[]] * batch)
+    # documents that are alike long, but for the last one
+    n = -(-length // documents)
+    begin = np.tile(np.arange(length, dtype="int32") // n * n, (batch, 1))
+    targets = np.where(np.roll(begin, -1, 1) == begin, np.roll(tokens, -1, 1), -1)
+    targets[:, -1] = -1
+    return data.Batch(tokens, targets, begin, [[]] * batch)
 
 
 def weight(name, shape, dtype):
@@ -158,7 +164,7 @@ def ours(c, shape, drawn):
     def step(length):
         optimizer.seen = {}
         segment = c.segment if c.segment and c.segment < length else None
-        batch = rows(c.batch, length, model.config.vocab_size)
+        batch = rows(c.batch, length, model.config.vocab_size, c.documents)
         loss = train.train_step(model, optimizer, batch, c.batch, math.inf, 0.0, segment, c.bptt, c.offload)[0]
         ops.wait(ops.parameters(model))
         return loss
@@ -180,6 +186,8 @@ def peer(c, shape, drawn):
 
     import ops
 
+    if c.documents > 1:
+        raise Refused("documents= is ours alone: the peer's rows are one text each")
     device, options = ops.device(), plugins.parse("adapters", c.adapter).options
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa", use_cache=False))

@@ -96,6 +96,28 @@ def test_the_gradient_is_that_of_the_whole_row(attn, memory, packed, learning):
         assert abs(got[0] / loss - 1) < 1e-6 and off(got[1], grads) < 1e-5, n
 
 
+@pytest.mark.parametrize("attn, memory", EXACT, ids=str)
+def test_a_row_of_documents_is_read_as_several(attn, memory, learning):
+    """Of 3, 11, 1 and 10 tokens: those of n and more by themselves, their positions from 0."""
+    model, three = learning(tiny(attn, memory=memory)), batch(True)
+    b = data.Batch(*(x[1:2] for x in three))
+    loss, grads = whole(model, b)
+    for n, lengths in ((2, [3, 11, 1, 10]), (4, [3, 11, 1, 10]), (11, [3, 11, 11]), (12, [25])):
+        rows = segments.documents(b, n)
+        assert [row.tokens.shape[1] for row in rows] == [length for length in lengths if length > 1]
+        assert n > 4 or not any(row.begin.any() for row in rows)
+        outs, got = [], {}
+        for row in rows:
+            out, got = segments.accumulate(model, segments.cut(row, n), train.nats, got)
+            outs += out
+        assert abs(sum(one.item() for one, *_ in outs) / loss - 1) < 1e-6 and off(numbers(got), grads) < 1e-5, n
+    padded = b._replace(targets=np.where(np.arange(25) < 14, b.targets, -1))
+    assert [row.tokens.shape[1] for row in segments.documents(padded, 2)] == [3, 11], "what is padding, and a document of one token"
+    assert segments.documents(three, 2) == [three]
+    none = b._replace(targets=b.targets * 0 - 1)
+    assert len(segments.documents(none, 2)) == 1
+
+
 @pytest.mark.parametrize("attn, memory", EXACT[1:6:2], ids=str)
 def test_segments_of_random_lengths(attn, memory, learning):
     model, b = learning(tiny(attn, memory=memory)), batch()
