@@ -23,7 +23,7 @@ GIB = 2**30
 class Model(NamedTuple):
     """A model by its sizes. c: Config; shapes: name -> shape; trains: the names that take gradients; slots: how many tokens the memory of
     each layer keeps at a boundary, None being all; stay: how many of these are there for good, while the newest come and go, None where
-    any may go; whole: whether a layer sees everything."""
+    any may go; whole: for each layer, whether attention of so many queries over so many keys meets all of these at once."""
 
     c: Any
     shapes: dict
@@ -125,7 +125,10 @@ def plan(m, a, how):
     # MLX has no fused backward pass: what is not sparse keeps its weights, and makes three arrays as large beside them
     # of a group these too are made once more
     H, whole = c.num_attention_heads // a.head_groups, a.head_groups == 1
-    scores = [act * H * T * (S + n) * (how.mlx and everything) for n, everything in zip(past, m.whole)]
+    everything = [meets(S, S + n) for n, meets in zip(past, m.whole)]
+    # the first segment has no past, and may be all that its pattern sees
+    met = [max((S + n) * all_, S * meets(S, S)) for n, all_, meets in zip(past, everything, m.whole)]
+    scores = [act * H * T * n * how.mlx for n in met]
     blocks = [kept(m, how, a, T, n * a.micro, fused) + s * whole for n, s in zip(past, scores)]
     x = act * C * T
     group = sum(sorted(blocks)[-a.checkpoint :]) - x if a.checkpoint else 0
@@ -134,11 +137,13 @@ def plan(m, a, how):
     # one input is there, and on its way the next
     activations = (2 * x if host["activations"] else inputs) if a.checkpoint else sum(blocks)
     waits = x if host["activations"] else 0
-    attention = max(attending(m, how, a, T, n * a.micro, fused, everything) for n, everything in zip(past, m.whole))
+    attention = max(attending(m, how, a, T, n * a.micro, fused, all_) for n, all_ in zip(past, everything))
     attention += (3 if whole else 4) * max(scores)
     # for a scale a matrix is made in float32, and two on the way there
     matrix = 12 * max((math.prod(m.shapes.get(n.replace(DORA, "weight"), [0])) for n in m.shapes if DORA in n), default=0)
-    work = x + max(inside(m, act, a, T, fused), attention, matrix)
+    # MLX asks for so much more before what was asked for first is done and gone
+    ahead = AHEAD * act * min(T, (a.mlp_tile or T) * a.micro) * c.intermediate_size * how.mlx
+    work = x + max(inside(m, how, a, T, fused) + ahead, attention, matrix)
     # the last one of a group that is recomputed; when the first one's turn has come, others have gone and left their gradients
     block, alone = group + work, (max(blocks) - x) * bool(a.checkpoint) + work
     left = 4 * max(0, a.checkpoint - 1) * m.size(".layers.0.", trained=True)
@@ -149,7 +154,7 @@ def plan(m, a, how):
     more = bool(a.batch > a.micro or waiting)
     gradients, first = 4 * mine, 4 * (mine if more else trained)
     late = 0 if more or head == "embed_tokens." else 4 * m.size("embed_tokens.", trained=True)
-    loss = lost(m, how, n, x, trained, n < T)
+    loss = lost(m, how, n, x, trained, n < T) + 8 * n * c.vocab_size * how.mlx
     # what is replayed (kernels/replayed.py) has its place, and gradients of a state are there twice while they are handed on
     replayed = how.gpu and not how.mlx and short(a, m.size(".layers.0."))
     least = (x if a.checkpoint else blocks[0]) + state * bool(replayed and waiting)
@@ -174,6 +179,7 @@ def short(a, block):
 
 
 SHORT = 4096 * 218 << 20  # tokens times numbers: a host of some ten microseconds a kernel is the slower one (8B shape, H100)
+AHEAD = 10  # arrays as wide as the MLP: MLX lets so many pieces of work wait (measured on a CPU)
 KERNELS = 1 << 26  # bytes that a GPU's libraries work in: 32 MiB for each of the two threads that multiply
 
 
@@ -226,15 +232,16 @@ def behind(m, how, a, T, fused):
     return how.act * T * numbers
 
 
-def inside(m, act, a, T, fused):
+def inside(m, how, a, T, fused):
     """Bytes at work behind attention beside what is kept and the gradient of the block's output, at the worst moment."""
-    tile = min(T, a.mlp_tile * a.micro) if a.mlp_tile else T
+    act, tile = how.act, min(T, a.mlp_tile * a.micro) if a.mlp_tile else T
     C, F = m.c.hidden_size, m.c.intermediate_size
     if fused:
         # two gradients, or when it is made again the gate's answer and the output
         return act * T * (C + F + 64)
     if tile == T:
-        return act * 2 * F * T
+        # silu's gradient is no one kernel of MLX's
+        return act * (5 if how.mlx else 2) * F * T
     # a tile with its gradients, beside gradients of others; or one that is made, beside others and what attention gave
     adapted = any(".gate_proj.lora_" in n for n in m.shapes)
     return act * (C * T + max(6 * F * tile, C * T + (3 + adapted) * F * tile))

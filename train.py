@@ -155,11 +155,12 @@ def depth(text):
 
 def use_backend(name):
     """Import what stands on a framework; not at the top of the file, because the backend must be chosen before."""
-    global coded, frozen, llama, ops, replayed, segments
+    global coded, frozen, kernels, llama, ops, replayed, segments
     # of torch's allocator on CUDA, which reads it at the first array: rows near the limit leave it no room for gaps
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     ops = cli.use_backend(name)
+    import kernels
     import model as llama
     import segments
     from kernels import coded, frozen, replayed
@@ -308,8 +309,16 @@ def sizes_of(model):
     trains = frozenset(n for n in named if model.trains(n) and not n.startswith(observers))
     slots = [memory.size for memory in model.memories()]
     stay = [memory.always if memory.slides else None for memory in model.memories()]
-    whole = [block.self_attn.asked.name == "full" for block in model.model.layers]
+    whole = [functools.partial(meets_all, block.self_attn.asked, block.self_attn.H) for block in model.model.layers]
     return plan.Model(model.config, {n: tuple(p.shape) for n, p in named.items()}, trains, slots, stay, whole)
+
+
+def meets_all(rule, H, T, N):
+    """Does attention of the last T of N tokens under a rule take all keys at once, under a mask if need be?"""
+    if ops.BACKEND == "torch" or rule.name == "full":
+        return rule.name == "full"
+    at = kernels.Places(None, N - T), kernels.Places(None, 0)
+    return kernels.causal(*at, T, N, rule, None) or not kernels.sparse((1, H, T, 1), N, *at, rule, None, 0, 0)
 
 
 def runs_how(a):

@@ -106,13 +106,13 @@ def counting():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_it_is_what_a_step_takes(way):
-    """Within a tenth on torch; MLX decides itself in which order it computes, and takes up to CLOSE times as much either way."""
+    """Within a tenth on torch; MLX decides itself in which order it computes and how far ahead, and takes up to CLOSE times as much."""
     a, model = made(WAYS[way])
     ratio = plan.plan(train.sizes_of(model), a, train.runs_how(a)).peak / peak(model, a)
     assert 0.9 < ratio < 1.1 if ops.BACKEND == "torch" else 1 / CLOSE < ratio < CLOSE, ratio
 
 
-CLOSE = 1.8
+CLOSE = 1.3
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora", "lora:targets=q_proj+v_proj", "lora:dora=true", "longlora"])
