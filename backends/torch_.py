@@ -209,7 +209,7 @@ def take(x, i):
 
 def top(rank, n):
     """Indices of the n largest along the last axis, in slot order."""
-    return rank.topk(n, -1)[1].sort(-1)[0]
+    return rank.topk(n, -1, sorted=False)[1].sort(-1)[0]
 
 
 def sort_by(key, i):

@@ -52,9 +52,13 @@ def attend(q, k, v, q_at, k_at, rule, begin=None, always=0, opening=0, scale=Non
 def weights(q, k, q_at, k_at, rule, begin=None, always=0, opening=0, scale=None, bias=None):
     """The weights that attend() gives to keys, [B, H, T, N] in float32: what a memory's scores are made of. Padding gives none."""
     (B, H, T, D), K = q.shape, k.shape[1]
-    see = visible(q_at, k_at, rule, begin, always, opening, H)
-    s = ops.cast(q.reshape(B, K, -1, D) @ ops.swap(k, 2, 3), ops.float32).reshape(B, H, T, -1)
+    # [B, K, H / K, T, N]: what does not differ between the heads that share a key head is made once for them
+    at, keys = q_at.at[:, :, None, :, None], k_at.at[:, :, None, None]
+    b, h = 0 if begin is None else begin[:, :, None, :, None], ops.arange(H, keys).reshape(K, -1, 1, 1)
+    see = sees(at, keys, b, h, ops.arange(keys.shape[-1], keys), rule, always, opening)
+    s = ops.cast(q.reshape(B, K, -1, D) @ ops.swap(k, 2, 3), ops.float32).reshape(B, K, H // K, T, -1)
     s = s * (D**-0.5 if scale is None else scale)
     if bias is not None:
-        s = s + biases(q_at, k_at, bias, H)
-    return ops.softmax(ops.where(see, s, -1e30), -1) * ops.cast(see & (q_at.at >= 0)[..., None], ops.float32)
+        s = s + biases(q_at, k_at, bias, H).reshape(-1, *s.shape[1:])
+    p = ops.softmax(ops.where(see, s, -1e30), -1) * ops.cast(see & (at >= 0), ops.float32)
+    return p.reshape(B, H, T, -1)

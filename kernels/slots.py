@@ -53,10 +53,23 @@ def kept(rank, s, fields, size, ordered=True):
     """
     if not ordered and not isinstance(s["n"], int) and ENGINE in ("auto", "triton") and keeps(s, fields):
         return keep(rank, s, fields, size)
-    best = ops.top(rank, size)
-    at = ops.take(s["pos"], best)
-    best = ops.sort_by(ops.where(at < 0, 2**30, at), best)
-    return {**s, **{f: ops.take(s[f], best) for f in fields}}
+    stay = best(rank, size)
+    if not in_order(s):
+        at = ops.take(s["pos"], stay)
+        stay = ops.take(stay, order(ops.where(at < 0, 2**30, at)))
+    return {**s, **{f: ops.take(s[f], stay) for f in fields}}
+
+
+def in_order(s):
+    """Does the host know that a state's slots in use stand in order of position, none of them empty?"""
+    return isinstance(s["n"], int) and s.get("solid", False)
+
+
+def best(rank, size):
+    """Indices of the `size` largest of rank [B, H, N] along its last axis, in slot order."""
+    if ENGINE in ("auto", "triton") and chooses(rank, size):
+        return choose(rank, size)
+    return ops.top(rank, size)
 
 
 def order(key):
@@ -67,7 +80,9 @@ def order(key):
 
 
 if TRITON:
-    from kernels.slots_triton import can, keep, keeps, orders, token
+    from kernels.slots_triton import best as choose
+    from kernels.slots_triton import can, chooses, keep, keeps, orders, token
     from kernels.slots_triton import order as sort
 else:
     token, can, keeps, orders = plain, lambda s, heads: False, lambda s, fields: False, lambda key: False
+    chooses = lambda rank, size: False

@@ -264,23 +264,55 @@ def token(row, turn, at, s, rule, begin=None, always=0, opening=0, scale=None, b
 
 
 @triton.jit
-def place_kernel(KEY, PLACE, ORDER, N, FALLING: tl.constexpr, LAST: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr):
-    """Of each entry of a row its place in rising or falling order, equal ones in the order in which they stand; or which entry has a place.
-    Each is compared with each, which is faster than sorting as long as a row is short. LAST: a key behind all others."""
+def best_kernel(RANK, STAYS, INDEX, N, size, BLOCK: tl.constexpr):
+    """Of each row of N numbers the `size` largest, of equal ones the first: for each entry whether it is one, or the indices, rising.
+
+    Floats are whole numbers in the same order once those below zero are turned over; the least that belongs to the largest is found bit by
+    bit, from the highest, which is one count each."""
+    h = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    bits = tl.load(RANK + h * N + i, mask=i < N, other=-float("inf")).to(tl.int32, bitcast=True)
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+    least = tl.zeros([], tl.uint32)
+    for b in range(32):
+        more = least | (tl.full([], 0x80000000, tl.uint32) >> b)
+        least = tl.where(tl.sum((key >= more).to(tl.int32)) >= size, more, least)
+    above = (key > least).to(tl.int32)
+    equal = (key == least).to(tl.int32)
+    stays = above | (equal & (tl.cumsum(equal, 0) <= size - tl.sum(above)).to(tl.int32))
+    if INDEX is not None:
+        tl.store(INDEX + h * size + tl.cumsum(stays, 0) - 1, i, mask=stays > 0)
+    else:
+        tl.store(STAYS + h * N + i, stays, mask=i < N)
+
+
+def looking(N):
+    """How best_kernel is started on rows of N."""
+    block = max(16, triton.next_power_of_2(N))
+    return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
+
+
+@triton.jit
+def order_kernel(KEY, ORDER, N, LAST: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr):
+    """Which entry of a row has a place in rising order, equal ones in the order in which they stand. Each is compared with each, which is
+    faster than sorting as long as a row is short. LAST: a key behind all others. FEW divides BLOCK."""
     h = tl.program_id(1)
-    i = tl.program_id(0) * FEW + tl.arange(0, FEW)
+    first = tl.program_id(0) * FEW
+    i = first + tl.arange(0, FEW)
     mine = tl.load(KEY + h * N + i, mask=i < N, other=0)[:, None]
-    place = tl.zeros([FEW], tl.int32)
+    here = first // BLOCK * BLOCK
+    before = tl.zeros([FEW, BLOCK], tl.int32)
     for a in range(0, N, BLOCK):
         j = a + tl.arange(0, BLOCK)
         other = tl.load(KEY + h * N + j, mask=j < N, other=LAST)[None, :]
-        better = other > mine if FALLING else other < mine
-        before = better | ((other == mine) & (j[None, :] < i[:, None]))
-        place += tl.sum(before.to(tl.int32), 1)
-    if ORDER is not None:
-        tl.store(ORDER + h * N + place, i, mask=i < N)
-    else:
-        tl.store(PLACE + h * N + i, place, mask=i < N)
+        less = other < mine
+        # an equal one comes first if it stands first, as all do in the blocks before this one
+        if a < here:
+            less = other <= mine
+        elif a == here:
+            less |= (other == mine) & (j[None, :] < i[:, None])
+        before += less.to(tl.int32)
+    tl.store(ORDER + h * N + tl.sum(before, 1), i, mask=i < N)
 
 
 @triton.jit
@@ -296,18 +328,18 @@ def move(X, h, source, to, moves, blank, N, HEADS: tl.constexpr):
 
 @triton.jit
 def fill_kernel(
-    PLACE, K, V, POS, BORN, MASS, N, size,
+    STAYS, K, V, POS, BORN, MASS, N, size,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr, POS_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Slot size + i of key head h: if it stays it moves to the place of a slot before `size` that goes, the m-th to the m-th."""
     i = tl.program_id(0)
     h = tl.program_id(1)
-    PLACE += (h % HEADS) * N
+    STAYS += (h % HEADS) * N
     back = tl.arange(0, BACK)
-    moves = (tl.load(PLACE + size + i) < size).to(tl.int32)
-    m = tl.sum((tl.load(PLACE + size + back, mask=back < i, other=size) < size).to(tl.int32))
+    moves = tl.load(STAYS + size + i)
+    m = tl.sum(tl.load(STAYS + size + back, mask=back < i, other=0))
     front = tl.arange(0, FRONT)
-    goes = (tl.load(PLACE + front, mask=front < size, other=0) >= size).to(tl.int32)
+    goes = 1 - tl.load(STAYS + front, mask=front < size, other=1)
     # so many slots are not behind the m-th that goes
     to = tl.sum(((tl.cumsum(goes, 0) <= m) & (front < size)).to(tl.int32))
     source = size + i
@@ -331,17 +363,17 @@ def keeps(s, fields):
     return known and (ops.tracing() or can(s, s["k"].shape[1]))
 
 
-MOST = 1 << 14  # slots that are compared each with each
+MOST = 1 << 14  # slots that one program looks through, or that are compared each with each
 
 
 @torch.library.custom_op("nanolong::keep", mutates_args=("k", "v", "pos", "born", "mass"))
 def keep_op(rank: Tensor, k: Tensor, v: Tensor, pos: Tensor, born: Maybe, mass: Maybe, size: int) -> None:
     (_, K, N, D), heads = k.shape, rank.shape[1]
-    place = torch.empty(heads, N, device=k.device, dtype=torch.int32)
-    place_kernel[(triton.cdiv(N, 4), heads)](rank.contiguous(), place, None, N, True, -float("inf"), 4, 1024)
+    stays = torch.empty(heads, N, device=k.device, dtype=torch.int32)
+    best_kernel[(heads,)](rank.contiguous(), stays, None, N, size, **looking(N))
     front, back = triton.next_power_of_2(size), triton.next_power_of_2(N - size)
     shape = heads, D, triton.next_power_of_2(D), front, back, pos.shape[1]
-    fill_kernel[(N - size, K)](place, k, v, pos, born, mass, N, size, *shape)
+    fill_kernel[(N - size, K)](stays, k, v, pos, born, mass, N, size, *shape)
 
 
 @keep_op.register_fake
@@ -361,8 +393,10 @@ def keep(rank, s, fields, size):
 def order_op(key: Tensor) -> Tensor:
     out = torch.empty(key.shape, device=key.device, dtype=torch.int32)
     N = key.shape[-1]
+    # where there is much to do keys are read less often
+    few = 4 if key.numel() <= 1 << 14 else 16
     last = float("inf") if key.is_floating_point() else 2**31 - 1
-    place_kernel[(triton.cdiv(N, 4), key.numel() // N)](key.contiguous(), None, out, N, False, last, 4, 1024)
+    order_kernel[(triton.cdiv(N, few), key.numel() // N)](key.contiguous(), out, N, last, few, 4096 // few)
     return out
 
 
@@ -379,3 +413,34 @@ def order(key):
 def orders(key):
     """Can the kernel do it, and is it the faster way?"""
     return (key.is_cuda or INTERPRETED) and key.shape[-1] <= MOST and not torch.is_grad_enabled()
+
+
+@torch.library.custom_op("nanolong::best", mutates_args=())
+def best_op(rank: Tensor, size: int) -> Tensor:
+    out = torch.empty(*rank.shape[:-1], size, device=rank.device, dtype=torch.int32)
+    N = rank.shape[-1]
+    best_kernel[(rank.numel() // N,)](rank.contiguous(), None, out, N, size, **looking(N))
+    return out
+
+
+@best_op.register_fake
+def _(rank, size):
+    return torch.empty(*rank.shape[:-1], size, device=rank.device, dtype=torch.int32)
+
+
+def best(rank, size):
+    """See kernels.slots.best."""
+    N = rank.shape[-1]
+    if N <= MOST:
+        return best_op(rank, size)
+    # the largest of all are among the largest of each part
+    parts = torch.nn.functional.pad(rank, (0, -N % MOST), value=-float("inf")).unflatten(-1, (-1, MOST))
+    at = best_op(parts, size)
+    some = (at + MOST * torch.arange(len(parts[0, 0]), device=at.device, dtype=at.dtype)[:, None]).flatten(-2)
+    return ops.take(some, best_op(parts.gather(-1, at.long()).flatten(-2), size))
+
+
+def chooses(rank, size):
+    """Can the kernel do it?"""
+    few = size * triton.cdiv(rank.shape[-1], MOST) <= MOST
+    return (rank.is_cuda or INTERPRETED) and rank.dtype == torch.float32 and few and not torch.is_grad_enabled()

@@ -1,6 +1,7 @@
 """What memories share that hold the closed past in another form than the open segment: small at rest, whole while its layer attends."""
 
 import ops
+from kernels.slots import best
 from memory.base import Memory as Base
 from memory.base import blank
 
@@ -51,7 +52,7 @@ class Past(Base):
         those that go, [B, 1 or K, R], and the segment's R as the past holds them."""
         whole, slots = self.whole(s), s["pos"].shape[2]
         rank = ops.where(whole["pos"] < 0, -1e30, self.rank(attn, seg, whole))
-        return ops.top(-rank, slots), self.folded({**{f: s[f] for f in self.fields if f in s}, **self.sealed(s)})
+        return best(-rank, slots), self.folded({**{f: s[f] for f in self.fields if f in s}, **self.sealed(s)})
 
     def emptied(self, s):
         """A static state after that."""

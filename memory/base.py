@@ -7,7 +7,7 @@ A layer's state is a dict that is passed in and handed back:
     n         slots in use, the rest being room: an int while the host knows it, an array inside a static graph
     first     the position of slot 0 if the slots in use are consecutive and the host knows it, else None; the `always` leading slots
               count as standing right before the others: where they really stand matters to nobody but documents and biases
-    solid     does the host know that no slot in use is empty? (not there: nothing was written yet)
+    solid     does the host know that no slot in use is empty, and that they stand in order of position? (not there: nothing was written)
     ahead     if it is there: a slot i of the room stands at ahead + i already, where the tokens to come will (see foreseen)
     capacity  slots to allocate, an int: what survives a close and the longest segment that comes piece by piece
 Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
@@ -151,7 +151,7 @@ class Memory(Module):
         if self.size is not None and s["pos"].shape[2] > self.enough:
             if seg.begin is not None:
                 # a finished document frees its slots
-                s = {**s, "pos": ops.where(s["pos"] < seg.begin[..., -1:], -1, s["pos"])}
+                s = {**s, "pos": ops.where(s["pos"] < seg.begin[..., -1:], -1, s["pos"]), "solid": False}
             s = self.forget(attn, seg, s)
         return self.make_room(s)
 
@@ -170,11 +170,17 @@ class Memory(Module):
         rank = ops.where(s["pos"] < 0, -1e30, self.rank(attn, seg, s))
         n = size if isinstance(s["n"], int) else ops.minimum(s["n"], size)
         s = kept(rank, s, [f for f in self.fields if f in s], size, self.ordered)
-        return {**s, "n": n, "first": None, "solid": s["solid"] and seg.begin is None}
+        return {**s, "n": n, "first": None}
 
     def moving(self, s):
         """The inverse of still, where all rows are alike."""
-        return {**s, "n": ops.host(s["n"])}
+        s = {**s, "n": ops.host(s["n"])}
+        if self.size is None or not s.get("solid", False):
+            return s
+        # a static close leaves slots where they are
+        used, fields = self.used(s), [f for f in self.fields if f in s]
+        rank = ops.cast(used["pos"], ops.float32)
+        return self.make_room({**kept(rank, {**used, "solid": False}, fields, s["n"]), "solid": True})
 
     def room(self, s, segment, n):
         """The state with capacity for n more tokens, of which `segment` come between closes."""

@@ -9,7 +9,7 @@ window, queries of the segments before still count.
 """
 
 import ops
-from kernels.slots import order
+from kernels.slots import in_order, order
 from memory import _pruned
 from memory._pruned import Pruned, ranked
 
@@ -38,13 +38,18 @@ class Memory(Pruned):
         pos = s["pos"]
         observed = pos > ops.amax(pos, 2) - self.window
         score = ops.where(observed | (pos < 0), 0.0, self.looked(attn, seg, s))
-        return ops.where(observed, 1e9, ranked(pooled(score, pos, self.o.pool), pos))
+        near = smooth(score, self.o.pool) if in_order(s) else pooled(score, pos, self.o.pool)
+        return ops.where(observed, 1e9, ranked(near, pos))
+
+
+def smooth(score, n):
+    """Averages over n neighbours as they stand, [B, K, N], zeros beyond the edges."""
+    edge, N = ops.full((*score.shape[:2], n // 2), 0.0, ops.float32, score), score.shape[2]
+    score = ops.cat([edge, score, edge], 2)
+    return sum(score[:, :, i : i + N] for i in range(n)) / n
 
 
 def pooled(score, pos, n):
-    """Averages over n neighbours in order of position, both [B, K, N]; slots that should not count must score 0."""
+    """The same in order of position; slots that should not count must score 0."""
     by_position = order(ops.where(pos < 0, 2**30, pos))
-    edge = ops.full((*pos.shape[:2], n // 2), 0.0, ops.float32, score)
-    score = ops.cat([edge, ops.take(score, by_position), edge], 2)
-    score = sum(score[:, :, i : i + pos.shape[2]] for i in range(n)) / n
-    return ops.take(score, order(by_position))
+    return ops.take(smooth(ops.take(score, by_position), n), order(by_position))

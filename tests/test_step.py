@@ -322,13 +322,32 @@ def test_the_best_slots_stay(case, ordered):
         assert (noted[:, :, size:] == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 41), (1, 1, 1100), (2, 8, 1100)], ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("dtype", ["int32", "float32"])
-def test_order(dtype):
-    """Equal keys stay in the order in which they stand."""
-    key = np.random.default_rng(0).integers(-5, 2**30 if dtype == "int32" else 9, (2, 3, 41))
-    key[:, :, 20:] = key[:, :, :21]
+def test_order(dtype, shape):
+    """Equal keys stay in the order in which they stand, near each other or far apart; short rows, long ones and many."""
+    key, n = np.random.default_rng(0).integers(-5, 2**30 if dtype == "int32" else 9, shape), shape[2] // 2
+    key[:, :, -n:] = key[:, :, :n]
     got = slots.order(ops.array(key.astype(dtype)))
     np.testing.assert_array_equal(ops.numpy(got), key.argsort(-1, kind="stable"))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 20, 20), (2, 3, 41, 1), (2, 3, 41, 17), (1, 2, 900, 300), (1, 1, 40000, 64)], ids=lambda s: "x".join(map(str, s))
+)
+@pytest.mark.parametrize("equal", [False, True])
+def test_the_largest(shape, equal):
+    """As many as asked for, in slot order; numbers below and above zero, huge ones, and many equal ones."""
+    *shape, n = shape
+    r = np.random.default_rng(n)
+    rank = r.integers(-3, 3, shape) if equal else r.normal(size=shape) * 10.0 ** r.integers(-6, 30, shape)
+    rank = rank.astype("float32")
+    at = ops.numpy(slots.best(ops.array(rank), n))
+    assert at.shape == (*shape[:2], n) and (np.diff(at) > 0).all()
+    np.testing.assert_array_equal(np.sort(np.take_along_axis(rank, at.astype("int64"), 2)), np.sort(rank)[:, :, -n:])
+    if equal and kernels.TRITON:
+        first = np.sort(np.argsort(-rank, kind="stable")[:, :, :n])
+        assert shape[2] > 1 << 14 or (at == first).all()
 
 
 # ---------------------------------------------------------------- the whole step
@@ -413,6 +432,25 @@ def test_what_the_kernels_do_not_do_is_left_to_the_model(counted, monkeypatch):
     monkeypatch.setattr(step, "ENGINE", "stock")
     write(True, ("full", "rope", "full"))
     assert counted["token"] == 0 and counted["product"] == 8
+
+
+@triton
+@pytest.mark.parametrize("memory", ["snapkv:budget=12,window=4", "h2o:budget=12", "sinks:budget=12", "full"])
+def test_reading_goes_on_in_order(memory):
+    """Closes of static states leave slots in any order; whoever counts them afterwards finds them in order of position, with their keys."""
+    model = tiny(memory=memory)
+    tokens = np.random.default_rng(0).integers(0, 60, 40)
+    session = Session(model, chunk=14, segment=4)
+    session.graph = True
+    session.read(tokens[:14], 17)
+    for t in tokens[14:31]:
+        session.step(int(t))
+    for s, t in zip(session.run.state["layers"], model.moving(session.run.state)["layers"]):
+        n, was, pos = t["n"], ops.numpy(s["pos"]), ops.numpy(t["pos"])
+        assert n == int(ops.host(s["n"])) and slots.in_order(t) and pos.shape == was.shape and (pos[:, :, n:] == -1).all()
+        assert (np.sort(was[:, :, :n]) == pos[:, :, :n]).all() and (np.diff(pos[:, :, :n]) > 0).all()
+        by = was[:, :, :n].argsort(-1)[..., None]
+        np.testing.assert_array_equal(np.take_along_axis(ops.numpy(s["k"])[:, :, :n], by, 2), ops.numpy(t["k"])[:, :, :n])
 
 
 def test_a_remembered_query_finds_its_place():
