@@ -10,6 +10,7 @@ where it is (reindex). Then keys are remembered unturned and are turned as they 
 import ops
 from kernels import SCORES, Places
 from kernels.dense import weights
+from kernels.slots import in_order
 from memory.base import Memory, blank
 
 
@@ -60,9 +61,9 @@ class Pruned(Memory):
         s = super().still(s)
         if "q" not in s:
             return s
-        n, newest = self.window, ops.amax(s["q_at"], 2)
-        slots = ops.expand(ops.arange(n, newest)[None, None], s["q_at"].shape)
-        order = ops.take(ops.sort_by(s["q_at"], slots), (slots + n - (newest + 1) % n) % n)
+        n, last = self.window, ops.amax(s["q_at"], 2)
+        slots = ops.expand(ops.arange(n, last)[None, None], s["q_at"].shape)
+        order = ops.take(ops.sort_by(s["q_at"], slots), (slots + n - (last + 1) % n) % n)
         return {**s, **{f: ops.take(s[f], order) for f in ("q", "q_at", "q_begin")}}
 
     def looked(self, attn, seg, s):
@@ -84,15 +85,20 @@ class Pruned(Memory):
         return total
 
     def forget(self, attn, seg, s):
-        newest = ops.amax(ops.amax(s["pos"], 2), 1)
+        last = ops.amax(newest(s), 1) if self.renumbers else None
         s = super().forget(attn, seg, s)
         if not self.renumbers:
             return s
         live = s["pos"] >= 0
-        first = newest + 1 - ops.cast(live, ops.int32).sum(-1)[..., None]
+        first = last + 1 - ops.cast(live, ops.int32).sum(-1)[..., None]
         return {**s, "pos": ops.where(live, ops.cast(first, ops.int32) + ops.arange(live.shape[2], live), -1)}
 
 
-def ranked(score, pos):
-    """Scores that are at least 0, and of tokens that nobody looks at the newest first. pos: [B, 1 or K, N]"""
-    return ops.where(score > 0, score, ops.cast(pos - ops.amax(pos, 2) - 1, ops.float32))
+def newest(s):
+    """The position of the newest token that is remembered, [B, 1 or K, 1]."""
+    return s["pos"][:, :, -1:] if in_order(s) else ops.amax(s["pos"], 2)
+
+
+def ranked(score, s):
+    """Scores that are at least 0, and of tokens that nobody looks at the newest first."""
+    return ops.where(score > 0, score, ops.cast(s["pos"] - newest(s) - 1, ops.float32))

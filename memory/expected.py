@@ -11,7 +11,7 @@ here always of the newest. Only rotation is expected: a bias by distance, and a 
 
 import ops
 from memory import _pruned
-from memory._pruned import Pruned, ranked
+from memory._pruned import Pruned, newest, ranked
 
 
 class Options:
@@ -51,7 +51,7 @@ class Memory(Pruned):
             z = near[..., 0] + (spread * spread).sum(-1) / n / 2
             total = total + ops.softmax(ops.where(free, z, -1e30), 2)
         score = total * (v * v).sum(-1) ** 0.5
-        return ops.where(free | (pos < begin), ranked(score, pos), 1e9)
+        return ops.where(free | (pos < begin), ranked(score, s), 1e9)
 
     def queries(self, seg, s, begin):
         """Of the last queries their mean [B, H, 1, D], what differs from it [B, H, window, D], both turned as those to come will be on
@@ -62,8 +62,8 @@ class Memory(Pruned):
         n = mine.sum(2)[:, :, None]
         n = ops.where(n < 1, 1.0, n)
         mu = (q * mine).sum(2)[:, :, None] / n
-        newest = ops.amax(ops.amax(s["pos"], 2), 1)
-        turn = seg.position.again(newest + 1 + ops.arange(self.o.future, newest)[None, None], seg.turn)
+        last = ops.amax(newest(s), 1)
+        turn = seg.position.again(last + 1 + ops.arange(self.o.future, last)[None, None], seg.turn)
         ahead = lambda x: x if turn is None else seg.position.turned(x, [mean(a, x.shape[2]) for a in turn[:2]])
         return ahead(mu), ahead((q - mu) * mine), n[..., 0]
 

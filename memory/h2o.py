@@ -12,7 +12,7 @@ longer ones forget the rest at once. Every query is scored: for one token that i
 import ops
 from kernels.dense import weights
 from memory import _pruned
-from memory._pruned import Pruned, ranked
+from memory._pruned import Pruned, newest, ranked
 
 
 class Options:
@@ -44,5 +44,5 @@ class Memory(Pruned):
         return y, {**s, "mass": ops.cat([s["mass"][:, :, :N] + mass, s["mass"][:, :, N:]], 2)}
 
     def rank(self, attn, seg, s):
-        newest = s["pos"] > ops.amax(s["pos"], 2) - int(self.o.recent * self.o.budget)
-        return ops.where(newest, 1e9, ranked(s["mass"], s["pos"]))
+        recent = s["pos"] > newest(s) - int(self.o.recent * self.o.budget)
+        return ops.where(recent, 1e9, ranked(s["mass"], s))

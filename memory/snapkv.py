@@ -11,7 +11,7 @@ window, queries of the segments before still count.
 import ops
 from kernels.slots import in_order, order
 from memory import _pruned
-from memory._pruned import Pruned, ranked
+from memory._pruned import Pruned, newest, ranked
 
 
 class Options:
@@ -36,10 +36,10 @@ class Memory(Pruned):
 
     def rank(self, attn, seg, s):
         pos = s["pos"]
-        observed = pos > ops.amax(pos, 2) - self.window
+        observed = pos > newest(s) - self.window
         score = ops.where(observed | (pos < 0), 0.0, self.looked(attn, seg, s))
         near = smooth(score, self.o.pool) if in_order(s) else pooled(score, pos, self.o.pool)
-        return ops.where(observed, 1e9, ranked(near, pos))
+        return ops.where(observed, 1e9, ranked(near, s))
 
 
 def smooth(score, n):

@@ -20,4 +20,4 @@ class Memory(Pruned):
     window = 1
 
     def rank(self, attn, seg, s):
-        return ranked(self.looked(attn, seg, s).sum(1)[:, None], s["pos"])
+        return ranked(self.looked(attn, seg, s).sum(1)[:, None], s)

@@ -163,13 +163,19 @@ def picture(r, path):
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     ax = figure.subplots()
+    drawn = []
     for row in r["rows"]:
+        if row["loss"] in drawn:
+            # without a summary there is nothing that positions could differ by
+            continue
+        drawn.append(row["loss"])
         color = COLORS.get(row.get("positions"), "black")
-        ax.plot(row["loss"], "--" if "alone" in row["label"] else "o-", color=color, markersize=3, label=row["label"])
+        style, label = ("--", "each chunk alone") if "alone" in row["label"] else ("o-", row["label"])
+        ax.plot(row["loss"], style, color=color, markersize=3, label=label)
     ax.axvline(r["settings"]["chunks"] - 0.5, color="black", linewidth=0.8, linestyle=":")
     ax.set(xlabel="chunks before (dotted: as many as in training)", ylabel="loss (nats a token)")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     cli.write(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
 
