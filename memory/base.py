@@ -175,9 +175,9 @@ class Memory(Module):
     def moving(self, s):
         """The inverse of still, where all rows are alike."""
         s = {**s, "n": ops.host(s["n"])}
-        if self.size is None or not s.get("solid", False):
+        if not self.size or not s.get("solid", False):
             return s
-        # a static close leaves slots where they are
+        # a static close leaves slots where they are, those of which some stay
         used, fields = self.used(s), [f for f in self.fields if f in s]
         rank = ops.cast(used["pos"], ops.float32)
         return self.make_room({**kept(rank, {**used, "solid": False}, fields, s["n"]), "solid": True})

@@ -453,6 +453,20 @@ def test_reading_goes_on_in_order(memory):
         np.testing.assert_array_equal(np.take_along_axis(ops.numpy(s["k"])[:, :, :n], by, 2), ops.numpy(t["k"])[:, :, :n])
 
 
+@pytest.mark.parametrize("memory", ["none", "infini"])
+def test_reading_goes_on_after_nothing_is_left(memory):
+    """A step may close a segment of which no slot stays; the text goes on all the same."""
+    tokens, out = np.random.default_rng(0).integers(0, 60, 20).tolist(), []
+    for graph in (False, kernels.TRITON):
+        session = Session(tiny(memory=memory), chunk=14, segment=4)
+        session.graph = graph
+        session.read(tokens[:6], 4)
+        for t in tokens[6:10]:
+            session.step(t)
+        out.append(ops.numpy(session.read(tokens[10:], 4)))
+    assert apart(out[1], out[0]) < 1e-4
+
+
 def test_a_remembered_query_finds_its_place():
     """Static or not, in any order of reading and writing, the newest queries are remembered."""
     for turns in ([5], [3, 9], [14], [2, 2]):
