@@ -271,8 +271,11 @@ def best_kernel(RANK, STAYS, INDEX, N, size, BLOCK: tl.constexpr):
     bit, from the highest, which is one count each."""
     h = tl.program_id(0)
     i = tl.arange(0, BLOCK)
-    bits = tl.load(RANK + h * N + i, mask=i < N, other=-float("inf")).to(tl.int32, bitcast=True)
+    # a zero below zero is a zero
+    bits = (tl.load(RANK + h * N + i, mask=i < N, other=0.0) + 0.0).to(tl.int32, bitcast=True)
     key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+    # behind all numbers, and what is none: an index may not lie outside the row
+    key = tl.where(i < N, key, 0)
     least = tl.zeros([], tl.uint32)
     for b in range(32):
         more = least | (tl.full([], 0x80000000, tl.uint32) >> b)

@@ -350,6 +350,16 @@ def test_the_largest(shape, equal):
         assert shape[2] > 1 << 14 or (at == first).all()
 
 
+@triton
+def test_the_largest_of_what_is_hardly_a_number():
+    """Zeros of either sign are equal, so that the first stay; and a row of what is no number gives indices of its own."""
+    nan = np.float32("nan")
+    rank = np.array([[[-0.0, 0.0, -1.0, 0.0, -0.0] * 5, [nan] * 25, [-nan] * 25]], "float32")
+    at = ops.numpy(slots.best(ops.array(rank), 7))
+    assert at[0, 0].tolist() == [0, 1, 3, 4, 5, 6, 8]
+    assert (np.diff(at) > 0).all() and (at < 25).all()
+
+
 # ---------------------------------------------------------------- the whole step
 
 # attention, positions, memory; does the step take both kernels, or those of the products alone?
