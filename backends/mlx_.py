@@ -201,6 +201,11 @@ def top(rank, n):
     return mx.sort(mx.argsort(-rank, -1)[..., :n], -1)
 
 
+def top_first(rank, n):
+    """The same for n > 0, of equal ones the first."""
+    return top(rank, n)
+
+
 def sort_by(key, i):
     """Indices i in rising order of key, both [..., n]."""
     return mx.take_along_axis(i, mx.argsort(key, -1), -1)

@@ -212,6 +212,14 @@ def top(rank, n):
     return rank.topk(n, -1, sorted=False)[1].sort(-1)[0]
 
 
+def top_first(rank, n):
+    """The same for n > 0, of equal ones the first."""
+    least = rank.topk(n, -1, sorted=False)[0].amin(-1, keepdim=True)
+    above, equal = rank > least, rank == least
+    stay = above | (equal & (equal.cumsum(-1) <= n - above.sum(-1, keepdim=True)))
+    return stay.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :n]
+
+
 def sort_by(key, i):
     """Indices i in rising order of key, both [..., n]."""
     return i.gather(-1, key.argsort(dim=-1, stable=True))
