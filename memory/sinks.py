@@ -53,12 +53,14 @@ class Memory(Base):
         return (at < self.o.sinks) | (at >= n - (self.size - self.o.sinks))
 
     def forget(self, attn, seg, s):
-        s, n = super().forget(attn, seg, s), self.o.sinks
         if self.o.kv_positions == "absolute":
-            return s
+            return super().forget(attn, seg, s)
+        # where all stays nobody moves, though there may be gaps: vectors that are no slots have positions too
+        over = s["solid"] or ops.cast(s["pos"] >= 0, ops.int32).sum(-1)[..., None] > self.size
+        s, n = super().forget(attn, seg, s), self.o.sinks
         pos, born, rest = s["pos"][:, :, :n], s["born"][:, :, :n], s["pos"][:, :, n:]
         oldest = -ops.amax(ops.where(rest < 0, -(2**30), -rest), 2)
-        at = ops.where((pos >= 0) & (oldest < 2**30), oldest - n + ops.arange(n, pos), pos)
+        at = ops.where((pos >= 0) & (oldest < 2**30) & over, oldest - n + ops.arange(n, pos), pos)
         if not self.late(seg):
             s = self.with_sinks(s)
             # the same sinks as before keep the key that they were born with

@@ -106,6 +106,15 @@ def test_it_carries_further_than_what_the_layers_keep():
     assert influence(tiny(memory="none"), text(24), whole(24))[:8, 8:].max() < 1e-6
 
 
+def test_rows_that_forget_nothing_keep_their_places():
+    """Sinks follow what is left when something goes between; in a row of fewer tokens nothing does, though vectors stand in the gaps."""
+    model, tokens = tiny(memory="tokens:size=2,keep=sinks,budget=12,closed=false"), text(24, 2)
+    padded = tokens.copy()
+    padded[1, [4, 5, 8, 9, 10, 11]] = -1
+    alone = run(model, tokens[1:, padded[1] >= 0], [[4], [2], [6], [6]])
+    assert apart(run(model, padded, whole(24, 6))[1:, padded[1] >= 0], alone) < 1e-4
+
+
 def test_the_state_does_not_grow():
     model, sizes = tiny(memory=SPEC), []
     with ops.no_grad():
