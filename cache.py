@@ -27,7 +27,9 @@ def depends(model, tokenizer):
     """What a state depends on, as strings: it fits nothing else."""
     c, dtype = model.config, model.dtype or model.model.embed_tokens.weight.dtype
     of = {"model": fingerprint(model), "dtype": str(dtype).split(".")[-1], "tokenizer": tokenizer.fingerprint}
-    return of | {"attn": c.attn, "pos": c.pos, "memory": c.memory}
+    # a table of heads may change under its name (memory/duo.py)
+    heads = [memory.k_heads for memory in model.memories() if hasattr(memory, "k_heads")]
+    return of | {"attn": c.attn, "pos": c.pos, "memory": c.memory} | ({"heads": json.dumps(heads)} if heads else {})
 
 
 def fingerprint(model):
@@ -66,8 +68,9 @@ def load(path, session, tokenizer):
         raise Refused(f"{path} is no prompt cache: remove it, or give --cache another name") from None
     for what, mine in depends(session.model, tokenizer).items():
         if said.get(what) != mine:
-            flag = {"model": "a model of other weights", "tokenizer": "another tokenizer"}.get(what, f"--{what} {said.get(what)}")
-            here = "" if what in ("model", "tokenizer") else f", and here it is {mine}"
+            named = {"model": "a model of other weights", "tokenizer": "another tokenizer", "heads": "another choice of full heads"}
+            flag = named.get(what, f"--{what} {said.get(what)}")
+            here = "" if what in named else f", and here it is {mine}"
             raise Refused(f"{path} was written with {flag}{here}: give it the same, or --cache another name")
     arrays = ops.read_safetensors(path)
     return ops.numpy(arrays["tokens"]).tolist(), whole(host, "state", arrays)

@@ -1,5 +1,6 @@
 """Prompt caches: what was saved goes on as if it had never stopped, is cut back only where that is possible, and fits nothing else."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -142,6 +143,23 @@ def test_other_weights_dtypes_and_tokenizers_are_refused(tmp_path):
     strange.fingerprint = "another"
     with pytest.raises(Refused, match="another tokenizer"):
         cache.load(path, Session(model), strange)
+
+
+def test_a_table_of_heads_that_has_changed_is_refused(tmp_path):
+    table, path, alphas = tmp_path / "heads.tsv", tmp_path / "a.cache", plugins.load("memory", "duo").alphas
+    config = dataclasses.replace(tiny().config, memory=f"duo:heads={table},budget=10,sinks=2")
+
+    def made(alpha):
+        table.write_text(alpha)
+        alphas.cache_clear()
+        return Session(Llama(config).init(seed=1, std=0.2), chunk=8, segment=4)
+
+    first = made("1 0\n0 1\n")
+    first.read(text(T)[0], 5)
+    cache.save(path, first, Words())
+    assert cache.load(path, made("0.9 0.2\n0 1\n"), Words())[0] == text(T)[0].tolist(), "control: the same heads"
+    with pytest.raises(Refused, match="another choice of full heads"):
+        cache.load(path, made("0 1\n1 0\n"), Words())
 
 
 def test_files_that_are_no_caches_are_refused(tmp_path):
