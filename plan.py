@@ -300,12 +300,13 @@ def can_segment(a):
     return a.bounded and not a.segment and not a.curriculum and a.length > 2048
 
 
-def advice(a, look, room):
+def advice(a, look, room, only=None):
     """The flags with which a step fits into `room` bytes: one alone if one does, else the first ones together that do; None: none do.
-    look(a): the Plan for these arguments."""
+    look(a): the Plan for these arguments. only: arguments that may change; None: any."""
     fits = lambda a: look(a).peak <= room
     changed = lambda a, more: type(a)(**{**vars(a), **more})
-    flags = {flag.format(**vars(a)): change for flag, change in SAVERS.items()}
+    may = lambda change: only is None or change(a).keys() <= only
+    flags = {flag.format(**vars(a)): change for flag, change in SAVERS.items() if may(change)}
     for flag, change in flags.items():
         if change(a) and fits(changed(a, change(a))):
             return flag

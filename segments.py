@@ -37,17 +37,27 @@ def cut(batch, n, least=None, seed=0):
 
 
 def documents(batch, n):
-    """A data.Batch of one row as the rows that it is made of, since documents know nothing of each other: each of n tokens or more is one
-    by itself, and those between stay together; what has no targets is left out. Of several rows: as it is. Loss and gradients are the same;
-    but the first segment of a long document has no past to keep it apart from, and none of its segments a `begin`."""
-    (t, u, b), T = batch[:3], batch.tokens.shape[1]
-    starts = np.flatnonzero(b[0, :T] == np.arange(T)).tolist()
-    if len(t) > 1 or len(starts) < 2:
+    """A data.Batch as the rows that it is made of, since documents know nothing of each other: each of n tokens or more is one by itself,
+    and those of a row between stay together; what has no targets is left out. Rows without such a document stay side by side as they
+    are. Loss and gradients are the same wherever they do not hang on where segments end, and nowhere on how many rows come at once; but the
+    first segment of a long document has no past to keep it apart from, and none of its segments a `begin`."""
+    made = [parted(batch._replace(**{f: getattr(batch, f)[i : i + 1] for f in PIECE}), n) for i in range(len(batch.tokens))]
+    stay = [i for i, rows in enumerate(made) if rows is None]
+    if len(stay) == len(made):
         return [batch]
+    whole = [batch._replace(**{f: getattr(batch, f)[stay] for f in PIECE})] if stay else []
+    return [row for row in (*whole, *(row for rows in made for row in rows or ())) if (row.targets >= 0).any()] or [batch]
+
+
+def parted(row, n):
+    """documents() of a single row; None: it stays as it is."""
+    T, starts = row.tokens.shape[1], np.flatnonzero(row.begin[0] == np.arange(row.tokens.shape[1])).tolist()
     alone = np.diff([*starts, T]) >= n
     edges = [0, *(at for at, *either in zip(starts[1:], alone[1:], alone) if any(either)), T]
-    rows = [batch._replace(tokens=t[:, i:j], targets=u[:, i:j], begin=b[:, i:j] - i) for i, j in pairwise(edges)]
-    return [row for row in rows if (row.targets >= 0).any()] or rows[:1]
+    if len(edges) == 2:
+        return None
+    t, u, b = row[:3]
+    return [row._replace(tokens=t[:, i:j], targets=u[:, i:j], begin=b[:, i:j] - i) for i, j in pairwise(edges)]
 
 
 def runs(pieces, bptt):

@@ -23,6 +23,7 @@ import json
 import os
 import re
 import sysconfig
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -258,13 +259,21 @@ def chunks(path):
 
 def lines(path, field):
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-        for n, line in enumerate(file, 1):
+        for n, line in enumerate(unpacked(file, path), 1):
             if line.strip():
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     record = None
                 yield from row(record, f"{path}:{n}", f"{path}, line {n}: every line must be a JSON object", field)
+
+
+def unpacked(file, path):
+    """The lines of an open file. Raises Refused where what is compressed is damaged."""
+    try:
+        yield from file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as no:
+        raise Refused(f"{path} is truncated or no gzip file ({no}): fetch it again, or unpack it") from None
 
 
 def parquet(name):
@@ -289,6 +298,10 @@ def row(record, name, bad, field):
     """The document of a row, if it is not empty. bad: how the complaint begins."""
     record = record if isinstance(record, dict) else {}
     text, messages = record.get(field), record.get("messages")
+    said = [text] if isinstance(text, str) else [x for m in messages for x in (m["role"], m["content"])] if is_chat(messages) else []
+    if any(SURROGATE.search(x) for x in said):
+        why = "holds half of a surrogate pair (an escape such as \\ud800), and no UTF-8 text can"
+        raise Refused(f"{name}: its text {why}: write the character whole, or leave it out")
     if isinstance(text, str):
         if text:
             yield name, iter([text])
@@ -299,6 +312,9 @@ def row(record, name, bad, field):
         raise Refused(
             f'{bad} with its document in the field "{field}", or a list of {{"role": ..., "content": ...}} in the field "messages"'
         )
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can say half of a pair, and no text can hold it
 
 
 def is_chat(messages):

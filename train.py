@@ -239,7 +239,7 @@ def settle(given):
 def settle_again(given, saved):
     """All arguments of a run that goes on: those that it began with. Raises Refused for one that would change its losses."""
     a = dict.fromkeys(UNSET) | COMMON | saved["arguments"]
-    for k in given.keys() - FREE:
+    for k in given.keys() - free(a["adapter"]):
         if given[k] != a[k]:
             why = f"would change the run, which began with {a[k]}"
             raise Refused(f"{flag(k)} {given[k]} {why}: leave it out, or start a new run from the checkpoint with --model")
@@ -248,6 +248,11 @@ def settle_again(given, saved):
     # a run may be older than this list
     a["stages"] = [curriculum.Stage(*stage) for stage in a["stages"] or curriculum.stages(a)]
     return SimpleNamespace(**{**a, **given})
+
+
+def free(adapter):
+    """FREE, but for what moves the losses of this adapter: with dropout each tile of an MLP drops entries by its own count."""
+    return FREE - {"mlp_tile"} if getattr(plugins.parse("adapters", adapter).options, "dropout", 0) else FREE
 
 
 def flag(name):
@@ -338,8 +343,13 @@ def check_memory(a, config):
     if room is None or found.peak <= room:
         return line
     a = SimpleNamespace(**{**vars(a), "bounded": bounded(config), "groups": groupable(config)})
-    would = plan.advice(a, planned, room)
-    how = f"{would} would fit" if would else "no flag of train.py makes it fit: take a smaller model or shorter rows"
+    # a run that goes on stays the run that it is
+    resumed = getattr(a, "resume", None)
+    would = plan.advice(a, planned, room, free(a.adapter) if resumed else None)
+    none = "no flag of train.py makes it fit: take a smaller model or shorter rows"
+    if resumed:
+        none = "no flag that a resumed run may change makes it fit: free some memory, or start a new run from its checkpoint with --model"
+    how = f"{would} would fit" if would else none
     raise Refused(f"a step would take {found.peak / 2**30:.1f} GiB, and the device has {room / 2**30:.1f} free: {how}")
 
 

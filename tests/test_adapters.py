@@ -460,6 +460,10 @@ def test_a_resumed_run_equals_one_that_never_stopped(adapter, world, tmp_path, m
     with pytest.raises(ZeroDivisionError):
         train.main(args(world, out, **flags))
     monkeypatch.setattr(train, "train_step", real)
+    if "dropout" in adapter:
+        # tiles would drop other entries
+        with pytest.raises(Refused, match="--mlp-tile 8 would change the run"):
+            train.main(["--resume", str(out), "--mlp-tile", "8"])
     assert train.main(["--resume", str(out)]) == 0
     assert metrics(out, "loss", "valid_loss") == metrics(tmp_path / "whole", "loss", "valid_loss")
     files = [{p.name: p.read_bytes() for p in (folder / "step-000004").glob("*.safetensors")} for folder in (out, tmp_path / "whole")]

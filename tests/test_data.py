@@ -68,10 +68,17 @@ def test_documents(folder):
     assert [t for _, t in data.documents(str(folder / "**" / "*.py"))] == ["drei"]
 
 
-@pytest.mark.parametrize("line", ["[1]", '{"body": "x"}', '{"text": 3}', "nonsense", '"text"'])
+@pytest.mark.parametrize("line", ["[1]", '{"body": "x"}', '{"text": 3}', "nonsense", '"text"', "[" * 100000])
 def test_a_bad_line_is_named(tmp_path, line):
     (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
     with pytest.raises(Refused, match=r'x\.jsonl, line 3: .*"text"'):
+        list(data.documents(tmp_path))
+
+
+@pytest.mark.parametrize("record", [{"text": "x \ud800"}, {"messages": [{"role": "user", "content": "\udfff"}]}])
+def test_half_a_character_is_named(tmp_path, record):
+    (tmp_path / "x.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n' + json.dumps(record))
+    with pytest.raises(Refused, match=r"x\.jsonl:2: .*surrogate"):
         list(data.documents(tmp_path))
 
 

@@ -176,6 +176,30 @@ def test_what_is_too_large_is_refused_with_what_would_fit(share, more, would, wo
         assert train.main([*given, *flags]) == 0
 
 
+def test_a_run_that_goes_on_is_told_what_it_may_change(world, tmp_path, monkeypatch):  # noqa: F811
+    """Fewer rows at a time would fit, but --resume refuses them; so would recomputing, which it allows."""
+    out = tmp_path / "run"
+    train.main(
+        [*args(world, out, length=512, micro=4, steps=2), "--save-every", "1", "--keep", "2", "--no-checkpoint", "--loss-chunk", "64"]
+    )
+    train.rundir.shutil.rmtree(out / "step-000002")
+    a = train.settle_again({"resume": str(out)}, train.rundir.find(out))
+    plans, config = train.look(train.config_of(a, world / "model")), train.config_of(a, world / "model")
+    needs = lambda **more: plans(SimpleNamespace(**{**vars(a), **more})).peak
+    few = {"micro": 1, "stages": [stage._replace(micro=1) for stage in a.stages]}
+    least = needs(checkpoint=1, mlp_tile=512, head_groups=train.groupable(config))
+    for room in (needs(checkpoint=1), needs(**few)):
+        monkeypatch.setattr(ops, "free_memory", lambda room=room: room)
+        with pytest.raises(train.Refused) as no:
+            train.main(["--resume", str(out), "--memory-plan"])
+        flags = str(no.value).split("free: ")[1]
+        assert "--micro" not in flags
+        if room >= least:
+            assert train.main(["--resume", str(out), *flags.removesuffix(" would fit").split(), "--memory-plan"]) == 0
+        else:
+            assert "resumed run" in flags
+
+
 def test_it_chooses_the_segment(world, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The longest that fits; and where not even the shortest does, that one with its blocks recomputed."""
     how = {"length": "8k", "batch": 1, "micro": 1, "attn": "window:window=65", "memory": "window:budget=64", "segment": "auto"}

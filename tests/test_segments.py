@@ -113,9 +113,26 @@ def test_a_row_of_documents_is_read_as_several(attn, memory, learning):
         assert abs(sum(one.item() for one, *_ in outs) / loss - 1) < 1e-6 and off(numbers(got), grads) < 1e-5, n
     padded = b._replace(targets=np.where(np.arange(25) < 14, b.targets, -1))
     assert [row.tokens.shape[1] for row in segments.documents(padded, 2)] == [3, 11], "what is padding, and a document of one token"
-    assert segments.documents(three, 2) == [three]
+    assert segments.documents(three, 17)[0].tokens.shape == (2, 25) and segments.documents(three, 26) == [three], "side by side as they are"
     none = b._replace(targets=b.targets * 0 - 1)
     assert len(segments.documents(none, 2)) == 1
+
+
+@pytest.mark.parametrize("memory", ["window:budget=4", "tokens:size=2,closed=false", "state:size=2,closed=false", "xl:length=5"])
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_rows_of_documents_are_read_alike_however_many_come_at_once(memory, n, learning):
+    """Where a document's segments end, and with that what a recurrence makes of it, is not for the rows beside it to say."""
+    model, three = learning(tiny(memory=memory)), batch(True)
+    found = []
+    for micro in (1, 3):
+        lost, grads = 0.0, {}
+        for i in range(0, 3, micro):
+            for row in segments.documents(data.Batch(*(x[i : i + micro] for x in three)), n):
+                outs, grads = segments.accumulate(model, segments.cut(row, n), train.nats, grads)
+                lost += sum(one.item() for one, *_ in outs)
+        found.append((lost, numbers(grads)))
+    (a, one), (b, all_) = found
+    assert abs(a / b - 1) < 1e-6 and off(all_, one) < 1e-5
 
 
 @pytest.mark.parametrize("attn, memory", EXACT[1:6:2], ids=str)

@@ -155,6 +155,14 @@ def test_a_bad_conversation_is_named(tmp_path, messages):
         list(data.documents(tmp_path))
 
 
+@pytest.mark.parametrize("spoil", [lambda x: x[:-9], lambda x: x[:30], lambda x: b"plain", lambda x: x[:20] + b"\xff\xff" + x[22:]])
+def test_damaged_compressed_lines_are_refused(spoil, tmp_path):
+    whole = gzip.compress(b'{"text": "' + bytes(range(97, 123)) * 9 + b'"}\n')
+    (tmp_path / "x.jsonl.gz").write_bytes(spoil(whole))
+    with pytest.raises(Refused, match=r"x\.jsonl\.gz is truncated or no gzip file"):
+        list(data.documents(tmp_path))
+
+
 def test_a_chat_template_renders_them(tokenizer_files, tmp_path):
     """With a real tokenizer: what a message spells out is no special token."""
     import tokenizer
