@@ -13,7 +13,9 @@ def main(run):
     try:
         sys.exit(run())
     except Refused as no:
-        print(f"{os.path.basename(sys.argv[0])}: {no}", file=sys.stderr)
+        # of `python -m attention` that is attention/__main__.py
+        script = sys.argv[0].removesuffix(f"{os.sep}__main__.py")
+        print(f"{os.path.basename(script)}: {no}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

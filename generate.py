@@ -199,6 +199,10 @@ def generate(session, tokenizer, tokens, n, sampler, stops=(), show=lambda text:
         show(piece)
 
     while True:
+        if wrote == 1:
+            # the first step compiles and captures: it is not what a token costs
+            session.ops.wait(drawn)
+            first = time.perf_counter()
         # the next step is under way while the host looks at the token: if the text ends with it, it has been read all the same
         known = session.ops.later(drawn)
         logits = session.step(drawn) if wrote + 1 < n else None
@@ -208,9 +212,6 @@ def generate(session, tokenizer, tokens, n, sampler, stops=(), show=lambda text:
         if token in tokenizer.eos_ids:
             break
         wrote += 1
-        if wrote == 2:
-            # the first step compiles and captures: it is not what a token costs
-            first = time.perf_counter()
         piece = until.push(stream.push(token))
         if logits is not None and not until.done:
             drawn = sampler.draw(logits, session.tokens)

@@ -426,6 +426,8 @@ def main():
 
     import ops
 
+    if device() == "cpu" and args.scale > 64:
+        sys.exit("attention.py: there is no CUDA device, and a CPU would take hours: --scale 8 tries the script")
     ops.use(device())
     start, rows, dense = time.time(), [], {}
     result = {"timed": "graphs of calls", "rows": rows}

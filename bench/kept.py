@@ -22,7 +22,10 @@ WINDOW, FUTURE, SINKS, POOL = 32, 512, 4, 5
 
 def presses(share):
     """name -> (how we spell it, kvpress's press)."""
-    import kvpress
+    try:
+        import kvpress
+    except ImportError:
+        sys.exit("kept.py: kvpress is not installed, and it is what this compares with: pip install kvpress")
 
     snap = {"compression_ratio": 1 - share, "window_size": WINDOW, "kernel_size": POOL}
     return {

@@ -1,6 +1,8 @@
 """Tokens a second and peak memory of train.py itself, as typed, for some steps.
 
-python bench/train.py --attn longformer --length 8k --batch 8 --steps 6      # any flag of train.py
+python bench/train.py --attn longformer --length 8k --batch 8 --steps 6      # any flag of train.py; 3 steps at least
+
+--name NAME, --out FOLDER: where the JSON goes (bench/results/train.json). Speed is the median over steps, the first two left out.
 """
 
 import json
@@ -15,6 +17,8 @@ import common
 
 def main():
     flags = sys.argv[1:]
+    if {"-h", "--help"} & {*flags}:
+        return print(__doc__)
     name, out = "train", None
     for own in ("--name", "--out"):
         if own in flags:

@@ -474,7 +474,7 @@ def arguments(argv=None):
     p.add_argument("--models", type=Path, default=Path("out") / "remember", metavar="FOLDER", help="what is left of the runs")
     for k, default in (TRAINING | TEXT).items():
         kind, toy = float if isinstance(default, float) else cli.whole, f", with --toy {TOY[k]}" if k in TOY else ""
-        p.add_argument(f"--{k.replace('_', '-')}", type=kind, help=f"default {default:g}{toy}")
+        p.add_argument(f"--{k.replace('_', '-')}", type=kind, help=f"default {default}{toy}")
     args = p.parse_args(argv)
     for k, default in (TRAINING | TEXT | (TOY if args.toy else {})).items():
         if getattr(args, k) is None:

@@ -7,6 +7,7 @@ import pytest
 from conftest import small, tiny
 
 import cli
+import generate as script
 import ops
 import plugins
 from errors import Refused
@@ -238,6 +239,23 @@ def test_generate_streams_counts_and_stops():
     assert len(session.tokens) == 31 and all(type(t) is int for t in session.tokens)
     again, _ = generate(Session(tiny(), chunk=8), Letters(), list(range(20)), 12, Sampler(temperature=0), stops=[text[4:6]])
     assert again == text[: text.find(text[4:6])]
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_speed_is_tokens_by_the_time_of_their_steps(n, monkeypatch):
+    """By a clock that each step moves on by half a second, the first and the prompt by a minute."""
+    session, clock, costs = Session(tiny(), chunk=8), [0.0], iter([60.0, 60.0, *[0.5] * n])
+
+    def slow(f):
+        def run(*args):
+            clock[0] += next(costs)
+            return f(*args)
+
+        return run
+
+    session.read, session.step = slow(session.read), slow(session.step)
+    monkeypatch.setattr(script.time, "perf_counter", lambda: clock[0])
+    assert generate(session, Letters(), [0], n, Sampler(temperature=0))[1]["speed"] == 2
 
 
 @pytest.mark.parametrize(
