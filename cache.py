@@ -4,8 +4,8 @@ python generate.py --prompt-file book.txt --cache book.cache --prompt "Who is th
 python generate.py --prompt-file book.txt --cache book.cache --prompt "Where does she live?"     # reads the question alone
 
 The file holds the tokens and the state after them: arrays under their names in the state ("layers.0.k"), and in the file's head, as
-JSON under "nanolong", the host's own numbers and what the state depends on. Whichever backend wrote it, both read it. A segment closes where
-the file ends: a memory that forgets may keep other tokens of a text that is read on than of one that is read at once.
+JSON under "nanolong", the host's own numbers and what the state depends on. Whichever backend wrote it, both read it. A segment closes
+where the file ends: a memory that forgets may keep other tokens of a text that is read on than of one that is read at once.
 """
 
 import hashlib

@@ -153,8 +153,8 @@ class Segment(NamedTuple):
     bias: Any  # what the scheme adds to the logits, a kernels.Bias, or None
     close: bool  # the segment ends with this call: forget, compress, summarise now
     vectors: int = 0  # so many of the tokens, at the end, are vectors of the model's own (memory._around.Around)
-    reading: bool = False  # all are, and they are read before the segments to come
-    last: int | None = None  # of the layer's output the last so many tokens are wanted; None: all
+    reading: bool = False  # all are, and the segment is over: they are there for memories to keep, and for later segments to read
+    last: int | None = None  # the layer's output is wanted for the last so many tokens only; None: for all
 
     def queries(self, q):
         """This segment's queries [B, H, T, D], as attend() takes them."""
@@ -177,7 +177,7 @@ class Attention(Module):
         self.k_proj = ops.Linear(c.hidden_size, self.K * self.D, c.attention_bias)
         self.v_proj = ops.Linear(c.hidden_size, self.K * self.D, c.attention_bias)
         self.o_proj = ops.Linear(self.H * self.D, c.hidden_size, c.attention_bias)
-        self.asked = self.rule = rule
+        self.asked = self.rule = rule  # as given, and as it is in force: see patterns()
         self.memory = memory
         self.groups = 1  # training: key heads with their query heads are taken in so many groups, one after the other
 
@@ -203,7 +203,7 @@ class Attention(Module):
         return y, s
 
     def by_groups(self, x, seg, s):
-        """The same of a group of heads after the other, each made once more in the backward pass: queries and answers of all heads are
+        """forward()'s y, one group of heads after the other, each recomputed in the backward pass: queries and outputs of all heads are
         never there at once. Keys and values are, since they are remembered."""
         k, v, slots = self.memory.seen(self, x[:, None], seg, s)
         n, y = self.H // self.groups, None
@@ -218,7 +218,7 @@ class Attention(Module):
             heads = range(n * i, n * (i + 1))
             mine = seg if seg.bias is None else seg._replace(bias=seg.bias.of(heads))
             of = slice(heads.start * self.D, heads.stop * self.D)
-            # without a name: it would be there beside the next one
+            # in one expression: a variable would keep this part while the next is made
             y = added(y, ops.checkpoint(group, [ops.after(x, y), *kv], mine, self.q_proj, self.o_proj, of))
         bias = getattr(self.o_proj, "bias", None)
         return y if bias is None else y + ops.cast(bias, y.dtype)
@@ -299,15 +299,15 @@ class Decoder(Module):
             attn.memory.learning = training
 
     def forward(self, x, at, begin, close, states, vectors=0, reading=False, workers=None, last=None):
-        """x [B, T, C] -> [B, T, C] and the layers' new states. workers: what works each block in its forward()'s place, a module that
-        is given the block last. last: [B, last, C], of the last tokens only."""
+        """x [B, T, C] -> [B, T, C], or [B, last, C] of the last tokens only, and the layers' new states. workers: a module for each block,
+        called in its place, the block being its last argument."""
         turns, after = {}, []
         for p in self.positions:
             if p.felt not in turns:
                 turns[p.felt] = p.turn(at, begin)
         segments = [Segment(at, begin, p, turns[p.felt], p.bias(), close, vectors, reading) for p in self.positions]
         works = [(block,) for block in self.layers] if workers is None else zip(workers, self.layers)
-        # one after the other: who hands over the states may let each go when it is asked for
+        # states may be an iterator that lets each go as it is asked for: nothing here may hold them all
         segments = [segments[i] for i in self.feels]
         if last is not None and last < x.shape[1]:
             # all tokens are in the states; what would be above them goes nowhere
@@ -318,7 +318,7 @@ class Decoder(Module):
             ((work, *block), seg, s), *more = some
             # alone it is called as it is: a compiler knows it again
             x, *s = self.run(through, x, some) if more else self.run(work, x, seg, s, *block)
-            # what is done with a layer's state as soon as it is there (segments.py)
+            # a state's "then" is called with the layer's new state as soon as that is there, so that less is held (segments.py, train.py)
             after += [s if f is None else f(s) for s, f in zip(s, then)]
         return x, after
 

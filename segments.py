@@ -132,8 +132,7 @@ def forward(model, piece, loss, state):
 
 
 def backward(model, run, loss, state, grads, offload, of=1, keep=False):
-    """As accumulate, for a run of segments from a state on, between whose boundaries nothing is cut; if keep returns the state after it
-    too, else None."""
+    """As accumulate, for one run of segments, which begins with `state`. Returns (outs, the state after it if keep, else None, grads)."""
     saved, outs, handed, end = [], [], None, None
     # what a replay gives is there until the next one
     lasting = (lambda tree: tree) if model.replays is None else model.replays.safe
@@ -165,7 +164,7 @@ def backward(model, run, loss, state, grads, offload, of=1, keep=False):
 
 
 def work(model, job, given, grads=None, **how):
-    """(what a job makes of `given`, a dict of trees, as a dict of trees; grads): replayed, where that is the same and faster."""
+    """job(model, given, grads) -> (a dict of trees, made of the dict of trees `given`; grads), replayed where model.replays can."""
     f, given = functools.partial(job, model, **how), given | {"piece": {k: getattr(given["piece"], k) for k in PIECE}}
     if model.replays is None:
         return f(given, grads)
@@ -178,26 +177,27 @@ PIECE = "tokens", "targets", "begin"
 def onward(model, given, grads):
     """A segment without gradients: the state after it, and what of the one before waits."""
     piece, state = given["piece"], given["state"]
-    # logits are of no use here: those of one token are made, since some are
+    # nobody needs logits here: as few as can be, one token's
     _, after, *_ = read(model, piece["tokens"], state, begin=piece["begin"], last=1)
     return {"gone": state and model.gone(state, after), "state": after}, grads
 
 
 def through(model, given, grads, loss, keep):
-    """A segment with its gradients, which are added to grads. handed: those of the state after it (used up), by parts(); None: nothing
-    comes after. Gives the loss, what the observers saw, if keep the state after it, and as `handed` the gradients of `state`."""
+    """A segment read with gradients, those of the parameters being added to grads. handed: those of the state after it, as parts() orders
+    it, used up; None: nothing comes after. Gives the loss, what the observers saw, if keep the state after it, and as `handed` the
+    gradients of `state`."""
     piece, state, handed = SimpleNamespace(**given["piece"]), given["state"], given["handed"]
 
     def f(*arrays):
         now = filled(state, arrays)
         early = handed and state and model.around is None
         if early:
-            # a layer's state meets its gradient as soon as it is there, and goes
+            # each layer's new state is reduced to that product as soon as it is there
             now["layers"] = [{**s, "then": functools.partial(met, g)} for s, g in zip(now["layers"], handed)]
         one, after, seen, aux = forward(model, piece, loss, now)
         one = one / given["of"]
         total = one + aux + sum(map(along, handed[-1:] if early else handed, parts(after)[-1:] if early else parts(after)))
-        # whoever wants one in the backward pass has it, and lets go of it then
+        # the backward pass holds those that it needs, and lets go of each when it has used it
         handed.clear()
         return total, one, after if keep else None, *seen
 
@@ -221,12 +221,12 @@ class Here:
 
 
 def along(handed, arrays):
-    """What has the gradients of arrays, handed by what comes after them, as its own."""
+    """The scalar <handed, arrays>: its gradient with respect to the arrays is `handed`, which what comes after has found for them."""
     return sum(map(ops.inner, handed, arrays))
 
 
 def met(handed, s):
-    """What is left of a layer's state whose arrays have met their gradients: an auxiliary loss."""
+    """A layer's new state, reduced to an auxiliary loss that includes <handed, arrays>: nobody needs the arrays themselves."""
     mine = {k: x for k, x in s.items() if k not in ("seen", "aux")}
     left = {"aux": s.get("aux", 0.0) + along(handed, differing(mine))}
     return {**left, "seen": s["seen"]} if "seen" in s else left

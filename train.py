@@ -51,8 +51,7 @@ DEFAULTS = {
 }
 COMMON = {"micro": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "keep": 2, "offload": False}
 COMMON |= {"loss_chunk": 2048, "upsample": 1, "rewarm": 0, "checkpoint_offload": False, "optimizer_offload": False}
-COMMON |= {"embedding_offload": False}
-COMMON |= {"memory_plan": False, "head_groups": 1}
+COMMON |= {"embedding_offload": False, "memory_plan": False, "head_groups": 1}
 UNSET = ("model", "init", "data", "valid", "attn", "pos", "memory", "adapter", "device", "dtype", "segment", "bptt", "lr", "min_lr")
 UNSET += ("base_bits", "eval_every", "save_every", "out", "mlp_tile", "curriculum", "stages", "segment_least")
 POSITIVE = ("length", "batch", "micro", "steps", "lr", "clip", "eval_every", "valid_rows", "save_every", "keep", "loss_chunk", "upsample")
@@ -512,8 +511,11 @@ def evaluate(model, corpus, a):
     with ops.no_grad():
         rows = data.Batches(corpus, a.micro, a.length, shuffle=False).one_epoch(a.valid_rows)
         for batch in tqdm(rows, "validation", -(-a.valid_rows // a.micro), leave=False, dynamic_ncols=True):
-            rows = segments.documents(batch, a.segment) if a.segment else []
-            lost += sum(segments.total(model, segments.cut(row, a.segment), nats) for row in rows) if rows else nats(model, batch).item()
+            if a.segment:
+                parted = segments.documents(batch, a.segment)
+                lost += sum(segments.total(model, segments.cut(row, a.segment), nats) for row in parted)
+            else:
+                lost += nats(model, batch).item()
             tokens += int((batch.targets >= 0).sum())
     model.model.patterns(training=True)
     return lost / max(1, tokens)

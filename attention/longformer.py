@@ -14,7 +14,7 @@ def allowed(q, k, h, o):
     return (k <= q) & ((q - k < o.window) | (k < o.n_global))
 
 
-# such weights are more than a rule: that file has them
+# with this option the class Pattern of that file works the layer's memory: weights are more than a rule of positions
 PATTERN = ("own_projections", "_own_projections")
 
 

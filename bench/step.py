@@ -2,7 +2,7 @@
 
     python bench/step.py                                    # all of it, on a CUDA GPU
     python bench/step.py --only products,attention          # a part
-    python bench/step.py --shape tiny --slots 64 --device cpu
+    python bench/step.py --shape tiny --slots 512 --kept 64 --write 16 --prompt 256 --device cpu    # shows that all works
 
 Weights and kept entries are random; a full cache is filled by hand, bounded memories read a prompt. GB/s: weights and entries that are
 read, by time. `graph_ms` is the step without the host between two steps, `tokens/s` that of a session's loop, taking the likeliest token.
@@ -10,6 +10,7 @@ read, by time. `graph_ms` is the step without the host between two steps, `token
 
 import argparse
 import gc
+import sys
 import time
 
 import common
@@ -286,6 +287,8 @@ def main():
 
     ops.use(args.device)
     sizes, parts = [int(x) for x in args.slots.split(",")], args.only.split(",")
+    if min(sizes) < args.write + 128:
+        sys.exit(f"step.py: --slots {min(sizes)} is too few for --write {args.write}: it takes 128 more than that, or a smaller --write")
     dtype = ops.bfloat16 if ops.on_gpu() else ops.float32
     model, result = common.random_model(args.shape, dtype), {"shape": args.shape, "write": args.write}
 

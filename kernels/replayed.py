@@ -2,13 +2,13 @@
 
 A host needs some ten microseconds to ask for a kernel, and a short segment's kernels do not take much longer: then the device waits for
 the host. But in a long row one segment is like the next: so many tokens, so many remembered, the same kernels. All that differs are
-numbers in memory, and that everybody stands so many places farther. So a segment's work is a function of a tree (segments.py); when a
-tree looks like one before, in this row or another, the function is recorded as it runs, and from then on replayed: what it reads is copied
-to where it was, what it gives stays where it is.
+numbers in memory, and that all positions are so many farther on. So a segment's work is a function of a tree of arrays (segments.py). The
+first tree of its looks (shapes, dtypes, the host's numbers) is worked as ever; at the second the function is recorded as a graph, and from
+then on the graph is replayed: its inputs are copied to where those of the recording were, its outputs stay where it leaves them.
 
-What the host reckons itself is as it was at the recording: it must be the same for whoever stands farther. Positions are in the tree
-(Known). Attention is asked what its kernels are told (kernels.heard), and only rules are replayed that say the same of all later segments
-(kernels.spans.moves); so do only memories and position schemes serve that say they `move`.
+What the host reckoned is in the graph as it was, so it may not depend on where the segment stands. Positions do: they are in the tree
+(Known). What attention's kernels were told is noted at the recording (kernels.heard), and nothing is replayed unless the rule says the same
+of all later segments (kernels.spans.moves). Memories and position schemes must say that they `move`.
 
 Without CUDA a replay runs the function again, with the host's numbers of the recording: what tests can see of it.
 """
@@ -40,14 +40,14 @@ class Replays:
         self.read = None
 
     def begin(self):
-        """Another row: of a model that is another one now, or whose parameters are other arrays, nothing was recorded."""
+        """Another row begins. Recordings of the model with another config, or with parameters elsewhere, are dropped."""
         read = self.model.config, [p.data_ptr() for p in self.model.parameters()]
         if read != self.read:
             self.made, self.read = {}, read
 
     def __call__(self, name, f, given, grads, onwards):
-        """f(given, grads) -> (out, grads): the work of this name; given and out are dicts of trees, grads name -> array, used up.
-        onwards: a key of both, what is there in `out` being given to the next one. All of out is good until the next call."""
+        """f(given, grads) -> (out, grads), replayed where it can be. name: of this work; given and out are dicts of trees, grads name ->
+        array, used up. onwards: a key of both: the next call is given what `out` has there. All of out is good until the next call."""
         if not self.serves(given):
             return self.eagerly(f, given, grads)
         key = name, looks(given, standing(given))
@@ -70,14 +70,14 @@ class Replays:
     def serves(self, given):
         """May the host's numbers be those of another segment?"""
         tokens, begin, state = given["piece"]["tokens"], given["piece"]["begin"], given["state"]
-        # what is made from a class that moves may not
+        # each class says so itself: what inherits from one that moves may not
         plain = all(vars(type(m)).get("moves") for m in self.model.memories())
         plain = plain and all(p.moves for p in self.model.model.positions) and not getattr(self.model.adapter.options, "dropout", 0)
         known = state is None or all(isinstance(s["n"], int) for s in state["layers"])
         return begin is None and tokens.numel() <= self.most and plain and known
 
     def eagerly(self, f, given, grads):
-        """f as it is. Beside the memory in which recorded kernels work there is no room for as much again: then blocks are recomputed."""
+        """f without a graph. Once there are graphs, their memory leaves no room for as much again: then blocks are recomputed."""
         decoder = self.model.model
         run = decoder.run
         if any(self.made.values()) and run is ops.call:
@@ -93,7 +93,7 @@ class Replays:
         return ops.tree_map(lambda x: x.clone() if x.untyped_storage().data_ptr() in self.homes else x, tree)
 
     def placed(self, tree, *path):
-        """The tree's arrays in the place that arrays of this path and shape have, for good; numbers that change are there too."""
+        """The tree, its arrays copied to the place that each path and shape has for good; so are numbers that differ between calls."""
         if torch.is_tensor(tree):
             return put(self.room(path, tree.shape, tree.dtype), tree)
         if isinstance(tree, dict):
@@ -107,7 +107,7 @@ class Replays:
         return self.room(path, (), torch.float32).fill_(tree) if path == ("of",) else tree
 
     def room(self, path, shape, dtype):
-        """An array for good; of several of one path all stand in the largest one's memory, where that came first."""
+        """The place for arrays of this path, shape and dtype: in a larger one's memory of the same path, where there is one already."""
         key = path, tuple(shape), dtype
         if key not in self.rooms:
             n, like = math.prod(shape), [a for (p, _, d), a in self.rooms.items() if (p, d) == (path, dtype)]
@@ -118,12 +118,12 @@ class Replays:
         return self.rooms[key]
 
     def over(self, s, later):
-        """A layer's state, its arrays in the memory of a later one's, where that is one of these places."""
+        """A layer's state s, its arrays written over a later one's where those stand in such places: nothing is copied twice then."""
         there = lambda a, b: torch.is_tensor(a) and torch.is_tensor(b) and a.shape == b.shape and b.data_ptr() in self.homes
         return {k: put(later[k], a) if there(a, later.get(k)) else a for k, a in s.items()}
 
     def wait(self):
-        """The host is not far ahead: what it hands out meanwhile waits in the device's memory."""
+        """Let the host be one replay ahead and no more: what it makes ready waits in the device's memory."""
         self.done.append(torch.cuda.current_stream().record_event())
         if len(self.done) > 1:
             self.done.pop(0).synchronize()
@@ -153,14 +153,14 @@ def recorded(f, given, grads, onwards, shared):
 
 
 class Replay:
-    """f, as it is done to `given` and adds to grads."""
+    """f recorded, working on the arrays of `given` and adding to those of grads."""
 
     def __init__(self, f, given, grads, onwards, shared):
         self.f, self.given, self.grads, self.shared = f, given, dict(grads or {}), shared
         self.onwards, self.standing, self.graph = onwards, standing(given), None
         if shared.pool is None:
             return
-        # with all kernels that these numbers' places want
+        # once outside of the graph: kernels that are compiled for where these arrays stand are compiled now
         shared.eagerly(f, fresh(given), {})
         shared.settle()
         torch.cuda.synchronize()
@@ -175,12 +175,12 @@ class Replay:
                 finally:
                     self.graph.capture_end()
         finally:
-            # lists that the kernels read
+            # lists of blocks that the kernels read: they live as long as the graph
             self.held, Recent.noted = Recent.noted, None
         shared.settle()
 
     def run(self):
-        """f once; what goes onwards is written over what it was made of."""
+        """f once, its outputs put in their places; what goes onwards is written over the inputs that it was made of."""
         out, grads = self.f(fresh(self.given), dict(self.grads))
         if any(grads[n] is not g for n, g in self.grads.items()):
             raise RuntimeError("a gradient was not added to in place")
@@ -210,7 +210,8 @@ class Replay:
 
 
 def standing(given):
-    """Where the segment begins, by the names of what is told from there on, and how many positions the model's own vectors have taken."""
+    """Name -> what the host's numbers of this name count from: the position where the segment begins, and the number of positions that the
+    model's own vectors (memory/_around.py) have taken."""
     state = given["state"] or {"next": 0}
     return {**dict.fromkeys(POSITIONS, int(state["next"])), "more": state.get("around", {}).get("more", 0)}
 
@@ -241,7 +242,7 @@ def fresh(tree):
 
 
 def looks(tree, standing, name=None):
-    """What two trees have in common that are the same but for numbers in arrays, and for where everybody stands."""
+    """A key that is equal for two trees that differ in nothing but the numbers in their arrays and where the segment stands."""
     if torch.is_tensor(tree):
         return tuple(tree.shape), tree.dtype
     if isinstance(tree, dict):

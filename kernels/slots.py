@@ -1,4 +1,5 @@
-"""token(): what a layer does with one token between its products: turn query and key, remember, attend to all slots, and take note.
+"""token(): what a layer does with one token between its matrix products: rotate query and key, remember, attend to all slots, and note
+what the memory wants to know. kept(): the slots that stay when a segment closes.
 
 Plainly on every backend; on CUDA in a kernel that reads each slot once, the slots being divided over the processors.
 """

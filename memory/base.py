@@ -8,7 +8,7 @@ A layer's state is a dict that is passed in and handed back:
     first     the position of slot 0 if the slots in use are consecutive and the host knows it, else None; the `always` leading slots
               count as standing right before the others: where they really stand matters to nobody but documents and biases
     solid     does the host know that no slot in use is empty, and that they stand in order of position? (not there: nothing was written)
-    ahead     if it is there: a slot i of the room stands at ahead + i already, where the tokens to come will (see foreseen)
+    ahead     if it is there: empty slots have their pos already, slot i that of the token to be written there, ahead + i (see foreseen)
     capacity  slots to allocate, an int: what survives a close and the longest segment that comes piece by piece
 Symbols: B rows, T tokens of this call, K key heads, N slots, D head width.
 """
@@ -31,13 +31,13 @@ class Memory(Module):
     size = None  # slots that survive a close; None: all of them. What follows from a budget is a property: see settle()
     always = 0  # that many leading slots are exempt from the attention pattern,
     opening = 0  # and so are the first so many tokens of each document
-    slides = False  # are those that stay always the `always` leading slots and the newest, each as it was written?
-    moves = False  # is what the host reckons in training the same for whoever stands farther? Each class for itself (kernels/replayed.py)
+    slides = False  # does closing always keep the `always` leading slots and the newest, each as it was written?
+    moves = False  # in training, are the host's numbers the same farther on? Not inherited: each class says it (kernels/replayed.py)
     ordered = False  # must what stays be in order of position, in a static graph too?
     heads_differ = False  # does each key head remember tokens of its own?
     fields = ("k", "v", "pos")  # what a slot holds
-    beside = MappingProxyType({})  # what write() gives them beside pack(): field -> "at", where the token stands, or a float32
-    tally = None  # the field to which attend() adds the weights that a slot gets, if it does that and no more beside attention
+    beside = MappingProxyType({})  # fields that write() adds to those of pack(): name -> "at" (the token's position), or a first float32
+    tally = None  # the field in which attend() sums up the attention weights of each slot, if that is all it does beside attention
     cuts = False  # does closing stop the gradient?
     whole_rows = False  # does training need a whole row at once?
     observes = False  # are some parameters learned from what is seen in training, not by gradients? Then see learn()
@@ -52,7 +52,7 @@ class Memory(Module):
         self.c, self.o, self.given = c, o, o
 
     def settle(self, read):
-        """A budget that is a share becomes tokens: of a text of `read` tokens."""
+        """A budget that is a share of a text becomes tokens, the text having `read` of them."""
         self.o = plugins.in_tokens(self.given, read)
 
     # the policy: what is stored of a token, its inverse, and which slots outlive the segment
@@ -96,8 +96,8 @@ class Memory(Module):
         return {**self.put(s, new, n), "n": ops.advance(n, T), "first": first, "solid": solid}
 
     def foreseen(self, seg, s, T):
-        """How many slots are told where they stand as T tokens are written: these, all of the room, where the host knows of the tokens to
-        come that each follows the one before, or none, where that is done; and the state's `ahead` then."""
+        """For how many slots `pos` is written as T tokens are, and the state's `ahead` then. T, their own; but where tokens come singly
+        and each follows the one before, at the first of them all of the room (one write, not one a token), and then 0."""
         if T > 1 or not isinstance(s["n"], int) or seg.at.first is None or "pos" not in s or not foresees(type(self)):
             return T, None
         room, ahead = s["pos"].shape[2] - s["n"], seg.at.first - s["n"]
@@ -230,7 +230,7 @@ class Memory(Module):
 
     @property
     def enough(self):
-        """So many slots in use are kept without a question."""
+        """Closing forgets only where there are more slots than this in use."""
         return self.size
 
     # parameters of a memory's own
@@ -264,7 +264,7 @@ class Memory(Module):
 
 @functools.cache
 def foresees(kind):
-    """Does this class of memories leave alone what the base makes of slots that are not in use?"""
+    """Has this class the base's own methods wherever slots that are not in use could be seen, so that their `pos` may be set early?"""
     return all(getattr(kind, f) is getattr(Memory, f) for f in ("write", "put", "attend", "look", "seen", "used", "close", "make_room"))
 
 
