@@ -21,7 +21,7 @@ trap 'pkill -P ${beside:-0}; kill ${beside:-} 2>/dev/null; rm -f "$log"' EXIT
     trap - EXIT
     suite mlx NANOLONG_BACKEND=mlx python -m pytest "$@"
     if [ "$triton" ]; then
-        interpreted tests/test_step.py tests/test_frozen.py tests/test_gpu_memory.py "$@"
+        interpreted tests/test_step.py "$@"
         interpreted tests/test_replayed.py -k frozen "$@"
     fi
     exit $status
@@ -30,6 +30,7 @@ beside=$!
 suite torch NANOLONG_BACKEND=torch python -m pytest "$@"
 if [ "$triton" ]; then
     interpreted tests/test_triton.py tests/test_rotate.py tests/test_engines.py -k "triton and not bfloat16" "$@"
+    interpreted tests/test_frozen.py tests/test_gpu_memory.py "$@"
 fi
 wait $beside || status=1
 cat "$log"
